@@ -9,7 +9,7 @@
 import runpy
 import sys
 
-COMMANDS = ("train", "evaluate", "report", "generate", "export", "convert", "sweep", "benchmark", "aot")
+COMMANDS = ("train", "evaluate", "report", "generate", "export", "convert", "sweep", "prepare", "benchmark", "aot")
 
 
 def main() -> None:

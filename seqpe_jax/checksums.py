@@ -132,6 +132,11 @@ def sha256_of(folder: AnyPath, names: Iterable[str]) -> dict[str, str]:
     return {name: _checksum(folder / name, "") for name in names if (folder / name).is_file()}
 
 
+def md5_of(path: AnyPath) -> str:
+    """Returns the MD5 of a file in base64; of an object in a bucket the one that the bucket stores, if it does."""
+    return _checksum(path, MD5).removeprefix(MD5)
+
+
 def _allowed(values: str | list[str]) -> list[str]:
     """The checksums that a file may have: one, or several while it is rewritten."""
     return [values] if isinstance(values, str) else list(values) or [""]

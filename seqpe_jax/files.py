@@ -347,6 +347,15 @@ def upload_dir(folder: pathlib.Path, target: "RemotePath") -> None:
         raise
 
 
+def read_range(path: AnyPath, start: int, stop: int) -> bytes:
+    """Returns the bytes of a file from `start` up to `stop`; in a bucket no others are transferred."""
+    if is_remote(path):
+        return path.read_range(start, stop)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
 def move_dir(folder: AnyPath, target: AnyPath, first: tuple[str, ...] = ()) -> None:
     """Renames a folder. In a bucket all files are copied before any is removed.
 

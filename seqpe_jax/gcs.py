@@ -99,6 +99,11 @@ class RemotePath(gpath.PosixGPath):
         """Returns the content of an object."""
         return self._fs.cat_file(str(self))
 
+    @_converts_errors
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Returns the bytes of an object from `start` up to `stop`."""
+        return self._fs.cat_file(str(self), start=start, end=stop)
+
     def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
         """Returns the content of an object as text."""
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")

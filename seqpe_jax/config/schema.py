@@ -42,6 +42,12 @@ class DataConfig:
         "files, globs or folders of the data set; stored with ~ replaced, for another user has another home",
         path=True,
     )
+    prepared: str = _field(
+        "",
+        "folder that `python -m seqpe_jax.prepare` wrote from this data set, read in place of data.paths; '' = none",
+        path=True,
+        of=(DATA_TEXT, DATA_IMAGE),
+    )
     length: int = _field(512, "tokens of a training window, or of prompt and answer", **limits.LENGTH, of=TEXT_LIKE)
     tokenizer: str = _field("bytes", "'bytes', or path of a Hugging Face tokenizer.json", path=True, of=TEXT_LIKE)
     lossy_tokenizer: bool = _field(False, "accept text that does not come back from its tokens", of=TEXT_LIKE)
@@ -60,7 +66,8 @@ class DataConfig:
     )
     augment: AugmentConfig = _section(AugmentConfig, of=IMAGE_LIKE)
     cache_dir: str = _field("", "folder of prepared data; '' = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE", path=True)
-    threads: int = _field(1, "threads that make training examples", low=1, high=256)
+    threads: int = _field(1, "threads that make examples, in each process that makes some", low=1, high=256)
+    workers: int = _field(0, "processes that make examples; 0 = the main one", low=0, high=256, of=IMAGE_LIKE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,8 @@ def check(config: Config) -> None:
     """Raises InputError if fields of a config contradict each other."""
     config.compat.check(config.encoding.kind)
     registry.get(config.data.name).check_paths(config.data.paths)
+    if config.data.prepared and not config.is_qa:
+        registry.get(config.data.name).check_prepared()
     if config.is_image:
         _check_images(config)
     else:

@@ -1,4 +1,4 @@
-"""Augmentation of training images; all random numbers come from the given generator."""
+"""Augmentation of training images on the host; all random numbers come from the given generator."""
 
 import math
 from collections.abc import Callable
@@ -54,13 +54,16 @@ def crop_box(
     return left, top, left + wide, top + high
 
 
-def translate(pixels: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Moves pixels[..., H, W, C] by up to `limit` pixels along both axes, with zeros at the uncovered border."""
+def translate(pixels: np.ndarray, limit: int, rng: np.random.Generator, *, mirrored: bool = False) -> np.ndarray:
+    """Moves pixels[..., H, W, C] by up to `limit` pixels along both axes, with zeros at the uncovered border.
+
+    If `mirrored`, they move left instead of right, as if they had been flipped before and were flipped back now.
+    """
     height, width = pixels.shape[-3:-1]
     down, right = (int(rng.integers(-limit, limit + 1)) for _ in range(2))
     moved = np.zeros_like(pixels)
     to_rows, from_rows = _overlap(down, height)
-    to_columns, from_columns = _overlap(right, width)
+    to_columns, from_columns = _overlap(-right if mirrored else right, width)
     moved[..., to_rows, to_columns, :] = pixels[..., from_rows, from_columns, :]
     return moved
 
@@ -80,20 +83,25 @@ def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) 
     return image
 
 
-def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Replaces one box of normalized pixels float32[..., H, W, C] by normal noise, the same box in all frames."""
-    height, width = pixels.shape[-3:-1]
+def erased_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Samples the box of random erasing (Zhong et al., arXiv 1708.04896).
+
+    Args:
+      height: height of the image, in pixels.
+      width: width of the image, in pixels.
+      rng: source of random numbers.
+
+    Returns:
+      (top, left, height, width); all zeros if no sampled box fits.
+    """
     for _ in range(MAX_ATTEMPTS):
         area = rng.uniform(*ERASED_AREA) * height * width
         ratio = math.exp(rng.uniform(*np.log(ERASED_ASPECT)))
         wide, high = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
         if wide < width and high < height:
-            left, top = int(rng.integers(width - wide + 1)), int(rng.integers(height - high + 1))
-            erased = pixels.copy()
-            box = erased[..., top : top + high, left : left + wide, :]
-            box[...] = rng.standard_normal(box.shape, dtype=np.float32)
-            return erased
-    return pixels
+            top, left = int(rng.integers(height - high + 1)), int(rng.integers(width - wide + 1))
+            return top, left, high, wide
+    return 0, 0, 0, 0
 
 
 def rand_augment(

@@ -1,4 +1,7 @@
-"""Images and videos for batches: splits read at random, training examples with augmentation, evaluation examples."""
+"""Images and videos for batches: splits read at random, training examples with augmentation, evaluation examples.
+
+Examples are uint8; `losses.image_input` normalizes, flips and erases them on the device.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +15,7 @@ from seqpe_jax.data import registry
 from seqpe_jax.data.cache import local_copies
 from seqpe_jax.data.datasets.base import check_split, datasets_folder
 from seqpe_jax.data.datasets.image_base import ImageSource
+from seqpe_jax.data.image_records import prepared_images
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import cache_root
 
@@ -25,6 +29,7 @@ def image_source(
     cache_dir: str | os.PathLike = "",
     progress: bool = True,
     bit_depth: int = 0,
+    prepared: str | os.PathLike = "",
 ) -> ImageSource:
     """Opens a split of a data set of images or videos, after preparing it where that is not done yet.
 
@@ -39,15 +44,19 @@ def image_source(
       progress: show progress bars and warnings on stderr.
       bit_depth: bit depth of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are
         refused.
+      prepared: folder of shards that `data.prepare` wrote, which are read in place of `paths`; "" = none.
 
     Raises:
-      InputError: unknown name or split, nothing to read, damaged files, a folder that is not writable.
+      InputError: unknown name or split, nothing to read, damaged files, a folder that is not writable, a prepared folder
+        that is incomplete or holds other data.
     """
     if isinstance(paths, str):
         paths = (paths,)
     builder = registry.load_builder(name, registry.DATA_IMAGE)
     registry.get(name).check_paths(paths)
     check_split(split)
+    if prepared:
+        return prepared_images(prepared, name, split, bit_depth)
     options = {"bit_depth": bit_depth} if bit_depth else {}
     return builder.open_split(
         split,
@@ -60,15 +69,9 @@ def image_source(
 
 
 def train_example(
-    record: Mapping[str, Any],
-    size: Sequence[int],
-    augment: Any,
-    rng: np.random.Generator,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    record: Mapping[str, Any], size: Sequence[int], augment: Any, rng: np.random.Generator, *, mean: Sequence[float]
 ) -> dict[str, np.ndarray]:
-    """Returns a training example: a random crop, flipped, translated, recoloured, normalized and partly erased.
+    """Returns a training example: a random crop, translated and recoloured, with the changes that the device makes.
 
     Args:
       record: {"image": uint8[H, W, C], or [T, H, W, C] of a video, "label": int}.
@@ -77,11 +80,11 @@ def train_example(
         randaugment_std, color_jitter and erasing. All frames of a video are changed alike. A flip keeps the label, so
         use flip=0 where left and right decide it (moving_digits).
       rng: source of all random numbers.
-      mean: per channel in 0..1.
-      std: per channel in 0..1.
+      mean: per channel in 0..1; RandAugment fills uncovered pixels with it.
 
     Returns:
-      {"images": float32[*size, C], "labels": int32[]}.
+      {"images": uint8[*size, C], "labels": int32[]}, with "flip": bool[] if augment.flip, and with "erase": int32[4], the
+      box (top, left, height, width) of which a height of 0 is none, if augment.erasing.
 
     Raises:
       InputError: an image and a size of videos or the reverse, or an augmentation that does not work for videos.
@@ -99,16 +102,19 @@ def train_example(
         )
     box = augmentation.crop_box(*frames.shape[1:3], augment.crop_scale, augment.crop_aspect, rng)
     pixels = _resize(frames, box, width, height)
-    if rng.random() < augment.flip:
-        pixels = pixels[..., ::-1, :]
+    flip = rng.random() < augment.flip
     if augment.translate:
-        pixels = augmentation.translate(pixels, augment.translate, rng)
+        pixels = augmentation.translate(pixels, augment.translate, rng, mirrored=flip)
     if augment.color_jitter or augment.randaugment_layers:
         pixels = _recolor(pixels, augment, mean, rng)
-    pixels = normalize_pixels(pixels, mean, std)
+    example = {"images": pixels if is_video else pixels[0], "labels": np.int32(record["label"])}
+    if augment.flip:
+        example["flip"] = np.bool_(flip)
     if rng.random() < augment.erasing:
-        pixels = augmentation.erase(pixels, rng)
-    return {"images": pixels if is_video else pixels[0], "labels": np.int32(record["label"])}
+        example["erase"] = np.array(augmentation.erased_box(height, width, rng), np.int32)
+    elif augment.erasing:
+        example["erase"] = np.zeros(4, np.int32)
+    return example
 
 
 def _recolor(pixels: np.ndarray, augment: Any, mean: Sequence[float], rng: np.random.Generator) -> np.ndarray:
@@ -123,15 +129,8 @@ def _recolor(pixels: np.ndarray, augment: Any, mean: Sequence[float], rng: np.ra
     return _to_pixels([image])
 
 
-def eval_example(
-    record: Mapping[str, Any],
-    size: Sequence[int],
-    crop_ratio: float = 1.0,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> dict[str, np.ndarray]:
-    """Returns an evaluation example: the centre of the image, or of a video in time and space, normalized.
+def eval_example(record: Mapping[str, Any], size: Sequence[int], crop_ratio: float = 1.0) -> dict[str, np.ndarray]:
+    """Returns an evaluation example: the centre of the image, or of a video in time and space.
 
     The image is resized (bicubic, same aspect ratio) to the smallest size that covers `size` / `crop_ratio`, and the
     centre crop is taken; for a square `size` the shorter side is resized to size / crop_ratio.
@@ -140,11 +139,9 @@ def eval_example(
       record: see `train_example`.
       size: see `train_example`.
       crop_ratio: ratio in (0, 1]; 0.875 is usual for photos, 1 crops the longer side only.
-      mean: per channel in 0..1.
-      std: per channel in 0..1.
 
     Returns:
-      {"images": float32[*size, C], "labels": int32[]}.
+      {"images": uint8[*size, C], "labels": int32[]}.
 
     Raises:
       InputError: an image and a size of videos or the reverse, or `crop_ratio` is out of range.
@@ -167,7 +164,7 @@ def eval_example(
         (left + width) * old_width / new_width,
         (top + height) * old_height / new_height,
     )
-    pixels = normalize_pixels(_resize(frames, box, width, height), mean, std)
+    pixels = _resize(frames, box, width, height)
     return {"images": pixels if is_video else pixels[0], "labels": np.int32(record["label"])}
 
 

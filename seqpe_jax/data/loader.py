@@ -1,14 +1,25 @@
 """Batches from examples with Grain: training batch i is a function of (source, batch size, seed, i)."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
+from seqpe_jax.data.workers import start_worker
 from seqpe_jax.errors import InputError
 
 Example = dict[str, np.ndarray]
+
+
+class TokenArray(Protocol):
+    """One long array of token ids, of which slices are read: an array of NumPy, or shards of `data.shards`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice) -> np.ndarray: ...
 
 
 class Windows:
@@ -18,17 +29,18 @@ class Windows:
     complete window, fewer than `length` of the split, are dropped.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int):
-        self._rows = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), length + 1)[::length]
+    def __init__(self, tokens: TokenArray, length: int):
+        self._tokens, self._length = tokens, length
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return (len(self._tokens) - 1) // self._length
 
     def __getitem__(self, index: int) -> Example:
-        return {"tokens": self._rows[index].astype(np.int32)}
+        start = int(index) * self._length
+        return {"tokens": np.asarray(self._tokens[start : start + self._length + 1]).astype(np.int32)}
 
 
-def training_windows(tokens: np.ndarray, length: int, *, field: str = "data.length") -> Windows:
+def training_windows(tokens: TokenArray, length: int, *, field: str = "data.length") -> Windows:
     """Returns the training windows of a split.
 
     Args:
@@ -43,7 +55,7 @@ def training_windows(tokens: np.ndarray, length: int, *, field: str = "data.leng
     return Windows(tokens, length)
 
 
-def _check_window(tokens: np.ndarray, length: int, field: str) -> None:
+def _check_window(tokens: TokenArray, length: int, field: str) -> None:
     if length < 1:
         raise InputError(f"{field} must be at least 1, got {length}")
     if len(tokens) < length + 1:
@@ -66,7 +78,7 @@ class ScoredWindows:
       counts: int[W], number of scored targets of each window, 1 to `length`.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, ends: np.ndarray, counts: np.ndarray):
+    def __init__(self, tokens: TokenArray, length: int, ends: np.ndarray, counts: np.ndarray):
         self._tokens, self._length, self._ends, self._counts = tokens, length, ends, counts
 
     def __len__(self) -> int:
@@ -91,7 +103,8 @@ class TrainLoader:
         example in the run only. None = source[i] is the example.
       rows: indices of the rows of each batch that this process reads, in that order; None = all of them. A row has the
         same example in every process.
-      threads: examples that `prefetch` makes in parallel.
+      threads: batches that each process makes in parallel in `prefetch`.
+      workers: processes in which `prefetch` makes batches; 0 = this one. Source and `example` are sent to them.
 
     Raises:
       InputError: no examples, or an empty batch.
@@ -107,6 +120,7 @@ class TrainLoader:
         example: Callable[[Any, np.random.Generator], Example] | None = None,
         rows: Sequence[int] | None = None,
         threads: int = 1,
+        workers: int = 0,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -120,7 +134,7 @@ class TrainLoader:
         if example is not None:
             examples = examples.random_map(example)
         self._batches = grain.MapDataset.source(_RowsOfBatches(examples, batch_size, rows)).batch(len(rows))
-        self._threads = threads
+        self._threads, self._workers = threads, workers
 
     def batch(self, step: int) -> Example:
         """Returns this process's rows of the batch of a step >= 0: each array of an example with a leading batch axis."""
@@ -129,13 +143,35 @@ class TrainLoader:
         return self._batches[step]
 
     def prefetch(self, start_step: int = 0, *, ahead: int = 2) -> Iterator[tuple[int, Example]]:
-        """Yields (step, batch) from `start_step` on, and reads `ahead` batches in advance on background threads."""
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(ahead, self._threads))
-        batches = iter(self._batches[start_step:].to_iter_dataset(options))
-        try:
+        """Yields (step, batch) from `start_step` on, and reads `ahead` batches in advance in the background."""
+        with _read_ahead(self._batches[start_step:], self._threads, self._workers, ahead) as batches:
             yield from enumerate(batches, start_step)
-        finally:
-            batches.close()
+
+
+@contextlib.contextmanager
+def _read_ahead(elements: grain.MapDataset, threads: int, workers: int, ahead: int = 2) -> Iterator[Iterator[Example]]:
+    """Yields an iterator over elements in order, made in the background.
+
+    Element i is a function of i, wherever it is made, so that the number of threads and workers changes nothing.
+
+    Args:
+      elements: random access.
+      threads: elements that each process makes in parallel.
+      workers: worker processes; 0 = threads of this process.
+      ahead: elements that each process makes in advance, at least.
+    """
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
+    dataset = elements.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # of a library user; Grain reads flags of its own when it starts processes
+            flags.FLAGS.mark_as_parsed()
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=start_worker)
+    iterator = iter(dataset)
+    try:
+        yield iterator
+    finally:
+        iterator.close()
 
 
 class _RowsOfBatches:
@@ -162,31 +198,61 @@ class EvalBatches:
       batch_size: rows of a batch.
       count: number of examples.
       example: source[i] -> example; None = source[i] is the example.
+      rows: indices of the rows of each batch that this process reads, in that order; None = all of them. "weights" has all
+        rows in any case.
+      threads: batches that each process makes in parallel.
+      workers: processes that make batches; 0 = this one.
     """
 
     def __init__(
-        self, source: Sequence[Any], batch_size: int, count: int, example: Callable[[Any], Example] | None = None
+        self,
+        source: Sequence[Any],
+        batch_size: int,
+        count: int,
+        example: Callable[[Any], Example] | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+        threads: int = 1,
+        workers: int = 0,
     ):
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         self.examples = count
-        self._source, self._batch_size, self._example = source, batch_size, example or (lambda record: record)
+        self._batch_size, self._threads, self._workers = batch_size, threads, workers
+        rows = range(batch_size) if rows is None else rows
+        padded = _PaddedExamples(source, count, len(self) * batch_size, example)
+        self._batches = grain.MapDataset.source(_RowsOfBatches(padded, batch_size, rows)).batch(len(rows))
 
     def __len__(self) -> int:
         return -(-self.examples // self._batch_size)
 
     def __iter__(self) -> Iterator[Example]:
-        read = grain.MapDataset.source(self._source)[: self.examples].map(self._example).batch(self._batch_size)
-        for batch in read.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)):
-            rows = len(next(iter(batch.values())))
-            padded = {
-                name: np.concatenate([value, np.zeros((self._batch_size - rows, *value.shape[1:]), value.dtype)])
-                for name, value in batch.items()
-            }
-            yield padded | {"weights": (np.arange(self._batch_size) < rows).astype(np.float32)}
+        with _read_ahead(self._batches, self._threads, self._workers) as batches:
+            for number, batch in enumerate(batches):
+                real = self.examples - number * self._batch_size
+                yield batch | {"weights": (np.arange(self._batch_size) < real).astype(np.float32)}
 
 
-def eval_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: int = 0) -> EvalBatches:
+class _PaddedExamples:
+    """Examples, followed by zeros of their shapes: a random-access source."""
+
+    def __init__(self, source: Sequence[Any], count: int, length: int, example: Callable[[Any], Example] | None):
+        self._source, self._count, self._length, self._example = source, count, length, example
+        self._zeros: Example | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        if index < self._count:
+            record = self._source[index]
+            return record if self._example is None else self._example(record)
+        if self._zeros is None:
+            self._zeros = {name: np.zeros_like(value) for name, value in self[self._count - 1].items()}
+        return self._zeros
+
+
+def eval_windows(tokens: TokenArray, length: int, batch_size: int, max_tokens: int = 0) -> EvalBatches:
     """Returns windows that score every token of a split but the first once, at any length.
 
     Windows are consecutive. The last one ends at the last token: it overlaps the previous one, for context, and scores
@@ -235,7 +301,7 @@ def target_ends(count: int, *, largest: int, stride: int, targets: int) -> np.nd
     return (count - 1 - stride * chosen)[::-1]
 
 
-def context_windows(tokens: np.ndarray, context: int, batch_size: int, ends: np.ndarray, stride: int) -> EvalBatches:
+def context_windows(tokens: TokenArray, context: int, batch_size: int, ends: np.ndarray, stride: int) -> EvalBatches:
     """Returns windows of `context` tokens that score their last `stride` targets.
 
     Each of these targets has context - stride + 1 to `context` tokens before it.

@@ -48,6 +48,7 @@ class Dataset:
       std: image standard deviation per channel, in 0..1.
       num_classes: number of image classes; 0 = known from the files alone.
       has_bit_depth: whether `data.bit_depth` is read for images.
+      has_image_files: whether images come from files, which `python -m seqpe_jax.prepare` writes into shards.
     """
 
     name: str
@@ -63,11 +64,21 @@ class Dataset:
     std: tuple[float, ...] = PHOTO_STD
     num_classes: int = 0
     has_bit_depth: bool = False
+    has_image_files: bool = False
 
     @property
     def count_name(self) -> str:
         """Unit in which the throughput of a run is counted: "tokens" or "images"."""
         return COUNT_NAMES[self.kind]
+
+    def check_prepared(self) -> None:
+        """Raises InputError for a data set that is never prepared: it is small, and made on each host."""
+        can = [one.name for one in DATASETS.values() if one.kind == DATA_TEXT or one.has_image_files]
+        if self.name not in can:
+            raise InputError(
+                f"data.name='{self.name}' needs no preparation (data.prepared, python -m seqpe_jax.prepare), since each host "
+                f"makes it: only {', '.join(can)} are prepared"
+            )
 
     def check_paths(self, paths: Sequence[str]) -> None:
         """Raises InputError where `data.paths` does not fit the data set."""
@@ -199,7 +210,8 @@ register(
             "split 80/10/10"
         ),
         has_bit_depth=True,
+        has_image_files=True,
     )
 )
-register(Dataset("imagenet2012", DATA_IMAGE, f"{_FOLDER}.imagenet:Imagenet2012", num_classes=1000))
-register(Dataset("imagenet_resized", DATA_IMAGE, f"{_FOLDER}.imagenet:ImagenetResized", num_classes=1000))
+for _name, _class in (("imagenet2012", "Imagenet2012"), ("imagenet_resized", "ImagenetResized")):
+    register(Dataset(_name, DATA_IMAGE, f"{_FOLDER}.imagenet:{_class}", num_classes=1000, has_image_files=True))

@@ -1,38 +1,33 @@
-"""Token cache: a split of a text data set as one long array of token ids, tokenized once."""
+"""Tokens of text: a split as one long array of token ids, tokenized once into the cache, or read from prepared shards."""
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
 
-from seqpe_jax.data import registry
+from seqpe_jax.data import registry, shards
 from seqpe_jax.data.cache import load_or_build, local_copies
 from seqpe_jax.data.datasets import base
 from seqpe_jax.data.paths import MAX_NAMES_SHOWN, warn
-from seqpe_jax.data.tokenizers import (
-    EOS_TOKENS,
-    SPECIAL_EOS_TOKENS,
-    RoundTrip,
-    RoundTripLoss,
-    Tokenizer,
-    check_round_trip,
-    token_dtype,
-)
-from seqpe_jax.files import cache_root, parse_json
+from seqpe_jax.data.shards import TokenShards
+from seqpe_jax.data.token_encoder import COUNTS, ROUND_TRIP_RECORDS, RecordEncoder, Totals
+from seqpe_jax.data.tokenizers import RoundTrip, RoundTripLoss, Tokenizer, check_round_trip
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import as_path, cache_root, is_remote, parse_json
 
 CACHE_FORMAT = 1  # of the two files; caches of another format are not read
 TOKENS_FILE = "tokens.bin"
 SUMMARY_FILE = "summary.json"
 BATCH_BYTES = 8 << 20  # text that is tokenized in one call
-ROUND_TRIP_RECORDS = 256  # records whose text is compared with what their tokens decode to
+MAX_BYTES_PER_HOST = 10**9  # of text that a run on several hosts tokenizes, once on each; minutes of work
+MAX_BYTES_IN_MEMORY = 1 << 28  # of the tokens of a held-out split in a bucket that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +35,8 @@ class TokenSource:
     """A tokenized split.
 
     Attributes:
-      tokens: uint8, uint16 or uint32[num_tokens], memory-mapped; documents in order, the EOS token of the tokenizer
-        between them if it has one.
+      tokens: uint8, uint16 or uint32[num_tokens], memory-mapped or of shards, which read slices; documents in order, the
+        EOS token of the tokenizer between them if it has one.
       bytes: number of UTF-8 bytes of the text.
       words: number of whitespace-separated words of the text.
       documents: number of documents.
@@ -52,7 +47,7 @@ class TokenSource:
         not count them.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | TokenShards
     bytes: int
     words: int
     documents: int
@@ -71,6 +66,8 @@ def token_source(
     cache_dir: str | os.PathLike = "",
     progress: bool = True,
     accept_lossy: bool = False,
+    prepared: str | os.PathLike = "",
+    max_bytes: int | None = None,
 ) -> TokenSource:
     """Returns the tokens of a split, after preparing and tokenizing the data set if the cache lacks it.
 
@@ -85,23 +82,32 @@ def token_source(
       cache_dir: folder of tokens; "" = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       progress: show progress bars and warnings on stderr.
       accept_lossy: accept a tokenizer that does not give the text back.
+      prepared: folder of tokens that `data.prepare` wrote, which are read in place of `paths`; "" = none.
+      max_bytes: bytes of text that may be tokenized, which a run on several hosts limits; None = any number.
 
     Raises:
       InputError: unknown name or split, nothing to read, not UTF-8, an empty split, a folder that is not writable, a
-        tokenizer that loses text.
+        tokenizer that loses text; more text than `max_bytes`; a prepared folder that is incomplete or holds other data.
     """
     if isinstance(paths, str):
         paths = (paths,)
     builder = registry.load_builder(name, registry.DATA_TEXT)
     registry.get(name).check_paths(paths)
     base.check_split(split)
-    paths = local_copies([os.fspath(path) for path in paths], cache_dir, progress)
+    if prepared:
+        source = _prepared_source(prepared, name, split, tokenizer)
+        check_round_trip(source.round_trip_loss, tokenizer, accept_lossy)
+        return source
+    paths = [os.fspath(path) for path in paths]
+    _check_text_size(_remote_bytes(paths), max_bytes)
+    paths = local_copies(paths, cache_dir, progress)
     root = cache_root(cache_dir)
     data_key = builder.source_key(paths)
     if progress:
         _warn_skipped(builder, paths)
 
     def build(folder: pathlib.Path) -> None:
+        _check_text_size(builder.input_bytes(paths), max_bytes)
         records = base.prepared_split(builder, split, data_key, paths, data_dir, cache_dir, progress)
         _tokenize(records, tokenizer, folder, f"{name}/{split}", progress, accept_lossy)
 
@@ -133,47 +139,9 @@ def _warn_special_tokens(source: TokenSource, title: str) -> None:
         )
 
 
-def special_pattern(tokenizer: Tokenizer) -> re.Pattern[bytes]:
-    """Returns a pattern of the special tokens of a tokenizer and of the common EOS tokens, in UTF-8 text."""
-    names = {*tokenizer.special_tokens, *EOS_TOKENS, *SPECIAL_EOS_TOKENS} - {""}
-    return re.compile(b"|".join(re.escape(name.encode()) for name in sorted(names, key=len, reverse=True)))
-
-
-class _TokenWriter:
-    """The token file of a split, with its counts and its hash.
-
-    Args:
-      file: open binary file.
-      tokenizer: tokenizer of the split.
-    """
-
-    def __init__(self, file, tokenizer: Tokenizer):
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self.counts = {"tokens": 0, "bytes": 0, "words": 0, "documents": 0}
-        self.special: collections.Counter[bytes] = collections.Counter()
-        self.hash = hashlib.sha256(tokenizer.fingerprint.encode())
-        self._file = file
-        self._separator = None if tokenizer.eos_id is None else np.array([tokenizer.eos_id], self.dtype)
-        self._pattern = special_pattern(tokenizer)
-        self._document = None
-
-    def add(self, record: Mapping[str, bytes], ids: np.ndarray) -> None:
-        """Appends the tokens of a record; records of one document share its name."""
-        if record["name"] != self._document:
-            if self._document is not None and self._separator is not None:
-                self._append(self._separator)
-            self.counts["documents"] += 1
-        self._document = record["name"]
-        self._append(ids.astype(self.dtype, copy=False))
-        self.counts["bytes"] += len(record["text"])
-        self.counts["words"] += len(record["text"].decode("utf-8").split())
-        self.special.update(self._pattern.findall(record["text"]))
-
-    def _append(self, ids: np.ndarray) -> None:
-        content = np.ascontiguousarray(ids).data
-        self._file.write(content)
-        self.hash.update(content)
-        self.counts["tokens"] += ids.size
+def token_hash(tokenizer: Tokenizer) -> Any:
+    """Returns the hash whose first 32 hex digits are the fingerprint of a split, once its tokens are added in order."""
+    return hashlib.sha256(tokenizer.fingerprint.encode())
 
 
 def _tokenize(
@@ -185,29 +153,35 @@ def _tokenize(
     for index in sample:  # before the minutes that tokenizing everything takes
         trip.add(records[index]["text"])
     check_round_trip(trip.loss, tokenizer, accept_lossy)
+    encode, totals, digest, previous = RecordEncoder(tokenizer), Totals(), token_hash(tokenizer), None
     bar = tqdm.tqdm(total=len(records), desc=f"tokenize {title}", unit=" texts", delay=2.0, disable=not progress)
     with bar, open(folder / TOKENS_FILE, "wb") as file:
-        writer = _TokenWriter(file, tokenizer)
-        for batch in _batches_of_records(records):
-            encoded = tokenizer.encode_many([record["text"] for record in batch])
-            for record, ids in zip(batch, encoded, strict=True):
-                writer.add(record, ids)
+        for batch in batches_of_records(map(records.__getitem__, range(len(records)))):
+            ids, counts = encode(batch, previous)
+            file.write(ids.data)
+            digest.update(ids.data)
+            totals.add(counts)
+            previous = batch[-1]["name"]
             bar.update(len(batch))
-    summary = writer.counts | {
-        "dtype": writer.dtype.name,
-        "fingerprint": writer.hash.hexdigest()[:32],
-        "loss": {"lost": trip.loss.lost_bytes, "read": trip.loss.checked_bytes, "characters": trip.loss.examples},
-        "spelled": {token.decode(): count for token, count in writer.special.items()},
-    }
+    summary = split_summary(totals, encode.dtype, digest, trip.loss)
     (folder / SUMMARY_FILE).write_text(json.dumps(summary))
 
 
-def _batches_of_records(records) -> Iterator[list[dict]]:
+def split_summary(totals: Totals, dtype: np.dtype, digest: Any, loss: RoundTripLoss) -> dict[str, Any]:
+    """Returns the facts of a tokenized split, as `_source_of` reads them."""
+    return totals.to_json() | {
+        "dtype": dtype.name,
+        "fingerprint": digest.hexdigest()[:32],
+        "loss": {"lost": loss.lost_bytes, "read": loss.checked_bytes, "characters": loss.examples},
+    }
+
+
+def batches_of_records(records: Iterable[Mapping[str, bytes]]) -> Iterator[list[Mapping[str, bytes]]]:
     """Yields records in order, in batches of about `BATCH_BYTES` of text."""
     batch, size = [], 0
-    for index in range(len(records)):
-        batch.append(records[index])
-        size += len(batch[-1]["text"])
+    for record in records:
+        batch.append(record)
+        size += len(record["text"])
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -220,20 +194,54 @@ def _load(folder: pathlib.Path) -> TokenSource | None:
     try:
         summary = parse_json((folder / SUMMARY_FILE).read_text())
         dtype, num_tokens = np.dtype(summary["dtype"]), int(summary["tokens"])
-        counts = [summary[name] for name in ("tokens", "bytes", "words", "documents")]
+        counts = [summary[name] for name in COUNTS]
         if dtype.kind != "u" or not all(type(count) is int and count >= 0 for count in counts):
             return None
         if num_tokens == 0 or (folder / TOKENS_FILE).stat().st_size != num_tokens * dtype.itemsize:
             return None
-        loss = summary.get("loss", {})
-        return TokenSource(
-            tokens=np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r", shape=(num_tokens,)),
-            bytes=summary["bytes"],
-            words=summary["words"],
-            documents=summary["documents"],
-            fingerprint=str(summary["fingerprint"]),
-            round_trip_loss=RoundTripLoss(loss.get("lost", 0), loss.get("read", 0), loss.get("characters", "")),
-            special_token_counts={str(token): int(count) for token, count in summary.get("spelled", {}).items()},
-        )
+        return _source_of(summary, np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r", shape=(num_tokens,)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _source_of(summary: Mapping[str, Any], tokens: np.ndarray | TokenShards) -> TokenSource:
+    """Returns the source of a split from its summary and its tokens."""
+    loss = summary.get("loss", {})
+    return TokenSource(
+        tokens=tokens,
+        bytes=summary["bytes"],
+        words=summary["words"],
+        documents=summary["documents"],
+        fingerprint=str(summary["fingerprint"]),
+        round_trip_loss=RoundTripLoss(loss.get("lost", 0), loss.get("read", 0), loss.get("characters", "")),
+        special_token_counts={str(token): int(count) for token, count in summary.get("spelled", {}).items()},
+    )
+
+
+def _prepared_source(path: str | os.PathLike, name: str, split: str, tokenizer: Tokenizer) -> TokenSource:
+    """Opens a split of a prepared folder. Raises: InputError: see `shards.open_prepared`; or it has other tokens."""
+    found = shards.open_prepared(path, name, split)
+    if found.facts["tokenizer"] != tokenizer.fingerprint:
+        raise InputError(
+            f"data.prepared='{found.folder}' was tokenized with '{found.facts['tokenizer_name']}' "
+            f"({found.facts['tokenizer']}), but data.tokenizer is '{tokenizer.name}' ({tokenizer.fingerprint}): set "
+            f"data.tokenizer='{found.folder}', which has a copy, or prepare the text with this one"
+        )
+    size = sum(shard.size for shard in found.shards)
+    in_memory = split != "train" and is_remote(found.folder) and size <= MAX_BYTES_IN_MEMORY
+    return _source_of(found.facts, TokenShards(found, in_memory))
+
+
+def _remote_bytes(paths: Sequence[str]) -> int:
+    """Returns the bytes of the objects under those of the paths that are in a bucket."""
+    return sum(size for path in paths if is_remote(path) for _, size, _ in as_path(path).file_versions())
+
+
+def _check_text_size(size: int, limit: int | None) -> None:
+    """Refuses to tokenize more than `limit` bytes of text in a run. Raises: InputError: names the command to run."""
+    if limit is not None and size > limit:
+        raise InputError(
+            f"data.paths holds {size / 1e9:.3g} GB of text, and every host of this run would tokenize it (at most "
+            f"{limit / 1e9:.3g} GB): do it once on one machine with `{shards.COMMAND} --config=FILE --output=FOLDER`, in a "
+            "bucket or on a disk that all hosts share, and train with --config.data.prepared=FOLDER"
+        )

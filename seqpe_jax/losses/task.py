@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 
 from seqpe_jax.encodings.position_signal import PositionSignal
+from seqpe_jax.losses.image_input import model_images
 from seqpe_jax.losses.image_mixing import mix_images
 
 Batch = dict[str, Any]
@@ -28,6 +29,11 @@ class NextTokenLoss:
         if "weights" in batch:
             return batch["weights"].sum()
         return jnp.float32(batch["tokens"].shape[0] * (batch["tokens"].shape[1] - 1))
+
+    def model_inputs(self, batch: Batch, key: jax.Array) -> Batch:
+        """Returns the batch as the network reads it: as it is."""
+        del key
+        return batch
 
     def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Returns (mean loss in nats per token, no metrics).
@@ -51,26 +57,36 @@ class NextTokenLoss:
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationLoss:
-    """Classification of images or videos. A batch is {"images": float32[B, sides..., C], "labels": int32[B]}.
+    """Classification of images or videos. A batch is {"images": [B, sides..., C], "labels": int32[B]}.
+
+    Images are uint8, with further arrays in training (`image_input.model_images`), or normalized float32.
 
     Attributes:
       label_smoothing: share of the target that is spread over all classes.
       mixing: `objective.mixing` section of the config, see `image_mixing.mix_images`.
+      mean: per channel in 0..1, of uint8 images.
+      std: per channel in 0..1, of uint8 images.
     """
 
     label_smoothing: float
     mixing: Any
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def weight(self, batch: Batch) -> jax.Array:
         """Returns the weight of a batch in a mean over batches, float32[]: its number of images."""
         return jnp.float32(batch["labels"].shape[0])
+
+    def model_inputs(self, batch: Batch, key: jax.Array) -> Batch:
+        """Returns the training batch as the network reads it: normalized float32 images, flipped and erased."""
+        return model_images(batch, self.mean, self.std, key)
 
     def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Returns (mean loss in nats per image, {"accuracy": float32[]} unless images are mixed).
 
         Args:
           apply: the model with dropout, float32[B, sides..., C] -> logits float32[B, V].
-          batch: see the class.
+          batch: batch of `model_inputs`.
           key: PRNG key of mixup and cutmix.
         """
         images, labels_B = batch["images"], batch["labels"]
@@ -91,7 +107,7 @@ class ClassificationLoss:
         self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
     ) -> dict[str, jax.Array]:
         """Returns {"loss": float32[B] in nats, "rank": int32[B], see `ranks`}, without dropout."""
-        logits_BV = network.apply(variables, batch["images"], signal)
+        logits_BV = network.apply(variables, model_images(batch, self.mean, self.std)["images"], signal)
         return {"loss": cross_entropy(logits_BV, batch["labels"])[1], "rank": ranks(logits_BV, batch["labels"])}
 
 

@@ -103,6 +103,7 @@ class TrainLoss:
             deterministic=False,
             rngs={"dropout": self._dropout_key(step_key, "model dropout")},
         )
+        batch = self.task_loss.model_inputs(batch, stream(step_key, "image input"))
         if sampled.crop_boxes_PA2 is not None:
             batch = batch | {"images": crop_and_resize(batch["images"], sampled.crop_boxes_PA2)}
         task, task_metrics = self.task_loss.loss(apply, batch, stream(step_key, "task"))

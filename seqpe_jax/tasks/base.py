@@ -57,6 +57,8 @@ class EvalContext:
       put: lays a host batch out over the devices.
       batch_size: examples of a batch.
       progress: called with the number of examples done, and of all.
+      local_rows: number of rows of a batch -> indices of those that this process reads, if it does not read all.
+      put_local_rows: lays out a batch of which this process has `local_rows`.
     """
 
     eval_step: Callable[[dict[str, Any]], dict[str, jax.Array]]
@@ -64,6 +66,8 @@ class EvalContext:
     put: Callable[[dict[str, Any]], dict[str, jax.Array]]
     batch_size: int
     progress: Progress = no_progress
+    local_rows: Callable[[int], Sequence[int]] = range
+    put_local_rows: Callable[[dict[str, Any]], dict[str, jax.Array]] | None = None
 
 
 class Evaluator(Protocol):
@@ -278,5 +282,7 @@ def evaluate_at(
         put=functools.partial(sharding.from_full_batch, compiled.mesh),
         batch_size=math.ceil(batch_size / shards) * shards,
         progress=progress,
+        local_rows=lambda count: sharding.rows_by_process(compiled.mesh, count)[jax.process_index()],
+        put_local_rows=functools.partial(sharding.from_local_rows, compiled.mesh),
     )
     return evaluator.evaluate(ctx, eval_size, split)

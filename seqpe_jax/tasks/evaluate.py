@@ -209,7 +209,7 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
     values, fields = config.to_dict(settings), request.eval_fields
     values["eval"] |= fields
     if request.data is not None:
-        own = {"prompt_weight": 0.0, "question_weight": 0.0, "bit_depth": 0}
+        own = {"prompt_weight": 0.0, "question_weight": 0.0, "bit_depth": 0, "prepared": ""}
         values["data"] |= {"name": request.data, "paths": request.paths} | own
     values["data"]["lossy_tokenizer"] |= request.lossy
     data_name = values["data"]["name"]

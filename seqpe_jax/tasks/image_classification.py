@@ -57,11 +57,17 @@ class ImageClassification(Task):
             )
         if not self.data_spec.classes:
             self.data_spec = dataclasses.replace(self.data_spec, classes=self.source("train").classes)
-        self.task_loss = ClassificationLoss(config.objective.label_smoothing, config.objective.mixing)
+        self.task_loss = ClassificationLoss(
+            config.objective.label_smoothing, config.objective.mixing, self.data_spec.mean, self.data_spec.std
+        )
         self.example = {
-            "images": jax.ShapeDtypeStruct((*config.data.size, self.data_spec.channels), jnp.float32),
+            "images": jax.ShapeDtypeStruct((*config.data.size, self.data_spec.channels), jnp.uint8),
             "labels": jax.ShapeDtypeStruct((), jnp.int32),
         }
+        if config.data.augment.flip:
+            self.example["flip"] = jax.ShapeDtypeStruct((), jnp.bool_)
+        if config.data.augment.erasing:
+            self.example["erase"] = jax.ShapeDtypeStruct((4,), jnp.int32)
         self.count_per_step = config.batch_size
 
     @functools.cache  # noqa: B019  a process has few tasks
@@ -80,6 +86,7 @@ class ImageClassification(Task):
             cache_dir=data.cache_dir,
             progress=is_main_process(),
             bit_depth=data.bit_depth,
+            prepared=data.prepared,
         )
         if found.channels != data_spec.channels:
             raise InputError(
@@ -111,20 +118,19 @@ class ImageClassification(Task):
 
     def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
         """Returns the training batches; this process reads the given rows of each."""
-        config, source = self.config, self.source("train")
-
-        def example(record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-            return images.train_example(
-                record, config.data.size, config.data.augment, rng, mean=self.data_spec.mean, std=self.data_spec.std
-            )
-
+        config = self.config
+        # A worker process receives the function; a method would take the task with it.
+        example = functools.partial(
+            _train_example, size=config.data.size, augment=config.data.augment, mean=self.data_spec.mean
+        )
         return loader.TrainLoader(
-            source,
+            self.source("train"),
             batch_size=config.batch_size,
             seed=config.seed,
             example=example,
             rows=rows,
             threads=config.data.threads,
+            workers=config.data.workers,
         )
 
     def fingerprint(self, split: str) -> dict[str, Any]:
@@ -202,27 +208,41 @@ class ImageClassification(Task):
         source = self.source(split)
         devices = jax.device_count()
         batch_size = min(ctx.batch_size, math.ceil(len(source) / devices) * devices)
-        batches = loader.EvalBatches(source, batch_size, len(source), self._example(eval_size))
+        batches = loader.EvalBatches(
+            source,
+            batch_size,
+            len(source),
+            self._example(eval_size),
+            rows=ctx.local_rows(batch_size),
+            threads=self.config.data.threads,
+            workers=self.config.data.workers,
+        )
         return accuracy(
-            ctx.eval_step, batches, size=eval_size, put=ctx.put, progress=lambda done: ctx.progress(done, len(source))
+            ctx.eval_step,
+            batches,
+            size=eval_size,
+            put=ctx.put_local_rows or ctx.put,
+            progress=lambda done: ctx.progress(done, len(source)),
         )
 
     def sample_images(self, eval_size: Shape, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns images spread over a split, float32[count, sides..., C]: normalized, and in 0..1."""
         source, example = self.source(split), self._example(eval_size)
         chosen = np.linspace(0, len(source) - 1, count).astype(int)
-        normalized = np.stack([example(source[int(index)])["images"] for index in chosen])
-        shown = normalized * np.asarray(self.data_spec.std, np.float32) + np.asarray(self.data_spec.mean, np.float32)
-        return normalized, np.clip(shown, 0.0, 1.0)
+        pixels = np.stack([example(source[int(index)])["images"] for index in chosen])
+        normalized = images.normalize_pixels(pixels, self.data_spec.mean, self.data_spec.std)
+        return normalized, pixels.astype(np.float32) / np.float32(255)
 
     def _example(self, eval_size: Shape) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
         return functools.partial(
             images.eval_example,
             size=self.config.full_size(eval_size),
             crop_ratio=self.config.data.crop_ratio,
-            mean=self.data_spec.mean,
-            std=self.data_spec.std,
         )
+
+
+def _train_example(record: dict[str, Any], rng: np.random.Generator, **settings: Any) -> dict[str, np.ndarray]:
+    return images.train_example(record, rng=rng, **settings)
 
 
 def known_data_spec(config: Config, run_dir: RunDir | str | os.PathLike = "") -> DataSpec:

@@ -14,8 +14,9 @@ from seqpe_jax.config import Config, check_positions
 from seqpe_jax.data import loader, tokens
 from seqpe_jax.data.formats import HEAD_BYTES, check_plain_text, strip_bom
 from seqpe_jax.data.paths import warn
+from seqpe_jax.data.token_encoder import special_pattern
 from seqpe_jax.data.tokenizers import TOKENIZER_FILE, RoundTrip, RoundTripLoss, decode_continuation, load_tokenizer
-from seqpe_jax.distributed.processes import is_main_process
+from seqpe_jax.distributed.processes import is_main_process, is_multiprocess
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.losses.task import NextTokenLoss
@@ -100,6 +101,8 @@ class LanguageModeling(Task):
             cache_dir=data.cache_dir,
             progress=is_main_process(),
             accept_lossy=data.lossy_tokenizer,
+            prepared=data.prepared,
+            max_bytes=tokens.MAX_BYTES_PER_HOST if is_multiprocess() else None,
         )
 
     def describe(self) -> str:
@@ -128,7 +131,7 @@ class LanguageModeling(Task):
             trip.add(text)
         if trip.loss.lost_bytes and is_main_process():
             warn(f"prompts: the tokenizer loses text: {trip.loss} do not survive encoding and decoding")
-        pattern = tokens.special_pattern(self.tokenizer)
+        pattern = special_pattern(self.tokenizer)
         if is_main_process() and (
             spelled := sorted({name.decode() for text in texts for name in pattern.findall(text)})
         ):

@@ -151,7 +151,8 @@ def _compared_values(settings: Config) -> dict:
     values = config.to_dict(config.reset_unused(settings))
     for section in (*config.RESUME_CHANGEABLE, "steps"):
         values.pop(section, None)
-    values["data"].pop("lossy_tokenizer")  # accepting one changes no result
+    for name in ("lossy_tokenizer", "prepared", "threads", "workers"):  # none changes a result
+        values["data"].pop(name)
     values["data"]["bit_depth"] = values["data"]["bit_depth"] or 16  # as files were read before the field existed
     for name in ("decay_steps", "non_finite", "skips"):  # `_check_steps` compares the first; none changes past steps
         values["optimizer"].pop(name)

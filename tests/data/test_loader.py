@@ -184,6 +184,40 @@ def test_evaluation_makes_examples():
     assert np.concatenate([batch["weights"] for batch in read]).tolist() == [1, 1, 1, 1, 1, 0]
 
 
+def square(number):
+    return {"square": np.float32(number**2)}
+
+
+def squares(count=7, **options):
+    """Batches of three and their rows 0 to 2 of each, as a host with those rows reads them."""
+    return list(EvalBatches(range(count), 3, count, square, **options))
+
+
+def test_each_host_evaluates_its_own_rows():
+    whole = squares()
+    made = []
+    for rows in ([0, 2], [1]):
+        part = list(EvalBatches(range(7), 3, 7, lambda number: (made.append(number), square(number))[1], rows=rows))
+        for one, other in zip(part, whole, strict=True):
+            np.testing.assert_array_equal(one["square"], other["square"][rows])
+            np.testing.assert_array_equal(one["weights"], other["weights"])
+    assert sorted(made) == [0, 1, 2, 3, 4, 5, 6, 6, 6], "each by its host; the last one more for the shape of padding"
+
+
+def test_workers_and_threads_change_nothing():
+    """Batches come from other processes, in the same order; a batch is a function of seed and step, not of their number."""
+    alone = loader(example=noisy)
+    batches = loader(example=noisy, workers=2, threads=2).prefetch(5)
+    for step in range(5, 10):
+        found, batch = next(batches)
+        assert found == step
+        for name, value in alone.batch(step).items():
+            np.testing.assert_array_equal(batch[name], value)
+    batches.close()
+    for one, other in zip(squares(), squares(threads=3), strict=True):
+        np.testing.assert_array_equal(one["square"], other["square"])
+
+
 def test_seeds_that_share_their_last_32_bits_have_orders_of_their_own():
     orders = {tuple(starts(loader(seed=seed).batch(0))) for seed in (7, 2**32 + 7, 2**33 + 7, 2**63 - 1)}
     assert len(orders) == 4

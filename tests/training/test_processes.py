@@ -109,7 +109,8 @@ def close(found: list[dict], expected: list[dict]) -> None:
         assert losses and {name: one[name] for name in losses} == pytest.approx(losses, abs=1e-5)
 
 
-def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(commands, begin, tmp_path):
+def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(commands, begin, text, tmp_path):
+    """The two read prepared tokens, each its own; the one that goes on tokenizes the text itself."""
     fields = {
         "steps": 4,
         "checkpoint__every": 2,
@@ -120,7 +121,10 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
         "objective__shift__rate": 0.5,
     }
     two, one, resumed = tmp_path / "two", tmp_path / "one", tmp_path / "resumed"
-    results = finish(commands, begin(two, 2, 4, **fields))
+    options = ["--config=tests/tiny_text.py", f"--config.data.paths={text}", "--shard-bytes=5000", "--processes=1"]
+    made = commands("prepare", *options, f"--output={tmp_path / 'tokens'}")
+    assert made.code == 0 and f"train with --config.data.prepared={tmp_path / 'tokens'}" in made.out, made.err
+    results = finish(commands, begin(two, 2, 4, data__prepared=tmp_path / "tokens", **fields))
     assert [result.code for result in results] == [0, 0], results
     assert "2 process(es), 8 device(s)" in results[0].out and "batch 8: 2 x 4 devices, 1 each" in results[0].out
     assert "workdir" not in results[1].out and "step 4/4" not in results[1].err, "only the main process prints"

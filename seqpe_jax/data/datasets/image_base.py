@@ -39,6 +39,7 @@ class ImageSource:
       records: mappings with "image" and "label", in the order of the data set.
       decode: converts the image of a record to a uint8 array; None = it is one.
       labels: label of a record -> index in `class_names`; None = equal.
+      content: converts the image of a record to the content of an image file; None = it is no file.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ImageSource:
     records: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
     decode: Callable[[Any], np.ndarray] | None = dataclasses.field(default=None, repr=False)
     labels: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+    content: Callable[[Any], bytes] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def classes(self) -> int:

@@ -1,10 +1,12 @@
 """A user's own images in class folders, read in place: layout, splits, checks."""
 
 import concurrent.futures
+import functools
+import io
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tqdm
@@ -114,8 +116,29 @@ class ImageFolder:
             std=registry.PHOTO_STD,
             fingerprint=fingerprint_of(class_names, [(name, size) for name, size, _ in files.status], *narrow),
             records=files,
-            decode=lambda file: read_rgb(file, f"'{file}'", HOW_TO_REPAIR, upright=True, bit_depth=bit_depth),
+            decode=functools.partial(_decode_file, bit_depth=bit_depth),
+            content=_read_file,
         )
+
+    @classmethod
+    def decoder(cls, bit_depth: int = 0) -> Callable[[bytes], np.ndarray]:
+        """Returns a function that decodes the content of a prepared file to uint8[H, W, 3]."""
+        return functools.partial(_decode_content, bit_depth=bit_depth)
+
+
+def _decode_file(file: str, bit_depth: int) -> np.ndarray:
+    return read_rgb(file, f"'{file}'", HOW_TO_REPAIR, upright=True, bit_depth=bit_depth)
+
+
+def _decode_content(content: bytes, bit_depth: int) -> np.ndarray:
+    return read_rgb(io.BytesIO(content), "of data.prepared", HOW_TO_REPAIR, upright=True, bit_depth=bit_depth)
+
+
+def _read_file(file: str) -> bytes:
+    try:
+        return pathlib.Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
 
 
 class _ImageFiles(Sequence):

@@ -1,12 +1,13 @@
 """ImageNet 2012, full size and resized, prepared without TensorFlow from the archives of image-net.org."""
 
+import functools
 import io
 import pathlib
 import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
 import numpy as np
@@ -110,7 +111,7 @@ class PhotoBuilder(CachedBuilder, skip_registration=True):
                 f"data set '{self.name}' in '{datasets}' has no split '{official}' (it has {', '.join(self.info.splits)}): "
                 "prepare it again from all its files"
             )
-        info, name = self.info.splits[official], self.name
+        info = self.info.splits[official]
         return ImageSource(
             name=f"{self.info.full_name}/{split}",
             class_names=tuple(self.info.features["label"].names),
@@ -122,8 +123,19 @@ class PhotoBuilder(CachedBuilder, skip_registration=True):
                 self.info.full_name, official, info.shard_lengths, info.num_bytes, self.info.disable_shuffling
             ),
             records=self.as_data_source(split=official, decoders={"image": tfds.decode.SkipDecoding()}),
-            decode=lambda content: read_rgb(io.BytesIO(content), f"in data set '{name}'", "prepare the data set again"),
+            decode=self.decoder(),
+            content=bytes,
         )
+
+    @classmethod
+    def decoder(cls, bit_depth: int = 0) -> Callable[[bytes], np.ndarray]:
+        """Returns a function that decodes the content of a photo to uint8[H, W, 3]; `bit_depth` is not read."""
+        del bit_depth
+        return functools.partial(_decode_photo, name=cls.name)
+
+
+def _decode_photo(content: bytes, name: str) -> np.ndarray:
+    return read_rgb(io.BytesIO(content), f"in data set '{name}'", "prepare the data set again")
 
 
 class Imagenet2012(PhotoBuilder, skip_registration=True):

@@ -37,6 +37,11 @@ class TextBuilder(CachedBuilder, skip_registration=True):
         """
         raise NotImplementedError
 
+    @classmethod
+    def input_bytes(cls, paths: tuple[str, ...]) -> int:
+        """Returns the bytes of the files under `paths`; 0 = few. Raises: InputError as `sources`."""
+        return 0
+
     def contents(self) -> Mapping[str, Documents]:
         return self.documents()
 

@@ -32,6 +32,10 @@ class TextFiles(TextBuilder):
         return [file_signature(file, name) for name, file in find_files(paths).items()]
 
     @classmethod
+    def input_bytes(cls, paths: tuple[str, ...]) -> int:
+        return sum(file.stat().st_size for file in find_files(paths).values())
+
+    @classmethod
     def skipped(cls, paths: tuple[str, ...]) -> str:
         return str(_resolve(paths).skipped)
 

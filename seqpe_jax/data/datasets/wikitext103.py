@@ -56,6 +56,10 @@ class Wikitext103(TextBuilder):
         return [file_signature(file, file.name) for file in _release_files(paths)]
 
     @classmethod
+    def input_bytes(cls, paths: tuple[str, ...]) -> int:
+        return sum(file.stat().st_size for file in _release_files(paths)) if paths else 0
+
+    @classmethod
     def skipped(cls, paths: tuple[str, ...]) -> str:
         roots = [pathlib.Path(path).expanduser().absolute() for path in paths]
         return "; ".join(filter(None, (str(_resolve(root).skipped) for root in roots if root.is_dir())))
