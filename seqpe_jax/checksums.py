@@ -6,10 +6,12 @@ download them. Orbax's own metadata file has the SHA-256 of its content without 
 """
 
 import base64
+import concurrent.futures
 import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from seqpe_jax.errors import InputError
@@ -21,22 +23,39 @@ MD5 = "md5:"
 WITHOUT_COMMIT_TIME = "without commit time:"
 COMMIT_TIME = "commit_timestamp_nsecs"
 HANDLERS = "item_handlers"
+HASH_THREADS = min(8, os.cpu_count() or 1)  # files that a process reads at once
 RESTORE_HINT = (
     'put back a copy of it, or write {"files": {}} into it, and none of the run\'s files is compared any more'
 )
 
 
-def write_checksums(folder: AnyPath, name: str = "", exclude: tuple[str, ...] = ()) -> None:
+def write_checksums(
+    folder: AnyPath, name: str = "", exclude: tuple[str, ...] = (), known: Mapping[str, Any] | None = None
+) -> None:
     """Writes the checksums of all files of a folder.
 
     Args:
       folder: a folder that is complete but for its checksums.
       name: the name that the folder will get; "" = it has its name already.
       exclude: files that are not listed.
+      known: checksums of some of the files, which are not read again (`checksums_of`).
     """
-    files = {str(path.relative_to(folder)): _checksum(path, _scheme_for(path)) for path in list_files(folder)}
-    listed = {file: value for file, value in files.items() if file not in (DIGESTS_FILE, *exclude)}
-    _write(folder, listed, name)
+    found = dict(known or {})
+    files = [str(path.relative_to(folder)) for path in list_files(folder)]
+    found |= checksums_of(folder, [file for file in files if file not in (DIGESTS_FILE, *exclude, *found)])
+    _write(folder, dict(sorted(found.items())), name)
+
+
+def checksums_of(folder: AnyPath, files: Iterable[str]) -> dict[str, str]:
+    """Returns the checksums of files of a folder; `HASH_THREADS` of them are read at once.
+
+    Args:
+      folder: the folder.
+      files: their paths in it.
+    """
+    files = list(files)
+    found = _in_threads(lambda file: _checksum(folder / file, _scheme_for(folder / file)), files)
+    return dict(zip(files, found, strict=True))
 
 
 def write_files(staged: pathlib.Path, folder: AnyPath) -> None:
@@ -82,24 +101,45 @@ def checksum_error(folder: AnyPath, check_name: bool = True, subfolder: str = ""
       check_name: the folder must still have the name that it was written under.
       subfolder: compare the files of this part only; "" = all.
     """
+    error, files = listed_files(folder, check_name)
+    if subfolder:
+        files = {file: values for file, values in files.items() if file.partition("/")[0] == subfolder}
+    return error or files_error(folder, files)
+
+
+def listed_files(folder: AnyPath, check_name: bool = True) -> tuple[str, dict[str, Any]]:
+    """Returns (what is wrong with the list of checksums or "", the listed checksums by file); reads no other file.
+
+    Args:
+      folder: folder with a digests.json; without one, nothing is listed.
+      check_name: the folder must still have the name that it was written under.
+    """
     try:
-        content = parse_json((folder / DIGESTS_FILE).read_bytes())
-        name, files = content["folder"], read_checksums(folder)
+        name, files = parse_json((folder / DIGESTS_FILE).read_bytes())["folder"], read_checksums(folder)
     except FileNotFoundError:
-        return ""
+        return "", {}
     except (ValueError, KeyError, TypeError):
-        return f"its {DIGESTS_FILE} is no list of digests"
+        return f"its {DIGESTS_FILE} is no list of digests", {}
     if check_name and name != folder.name:
-        return f"it was written as {name}"
-    for file, values in files.items():
-        if subfolder and file.partition("/")[0] != subfolder:
-            continue
+        return f"it was written as {name}", {}
+    return "", files
+
+
+def files_error(folder: AnyPath, files: Mapping[str, Any]) -> str:
+    """Returns which of some files, the first of them, is missing or differs from its checksum, or "".
+
+    Args:
+      folder: the folder.
+      files: the allowed checksum or checksums of each file.
+    """
+
+    def error(file: str) -> str:
         path = folder / file
         if not path.is_file():
             return f"{file} is missing"
-        if not _matches(path, values):
-            return f"{file} has changed since it was written"
-    return ""
+        return "" if _matches(path, files[file]) else f"{file} has changed since it was written"
+
+    return next(filter(None, _in_threads(error, files)), "")
 
 
 def check_small_files(folder: AnyPath) -> None:
@@ -135,6 +175,12 @@ def sha256_of(folder: AnyPath, names: Iterable[str]) -> dict[str, str]:
 def md5_of(path: AnyPath) -> str:
     """Returns the MD5 of a file in base64; of an object in a bucket the one that the bucket stores, if it does."""
     return _checksum(path, MD5).removeprefix(MD5)
+
+
+def _in_threads(function: Callable[[str], str], files: Iterable[str]) -> list[str]:
+    """The results of a function of each file, in their order."""
+    with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
+        return list(pool.map(function, files))
 
 
 def _allowed(values: str | list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from seqpe_jax.models.build import DataSpec, ModelSpec, Params
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks.image_classification import known_data_spec
 from seqpe_jax.tasks.language_modeling import with_run_tokenizer
-from seqpe_jax.training.checkpoint import Checkpointer
+from seqpe_jax.training.checkpoint import Checkpointer, check_together
 
 EXPECTED = (
     "give a --workdir of `train`, an --output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or "
@@ -85,6 +85,7 @@ def open_model(checkpoint: RunDir | str | os.PathLike, which: str = "latest") ->
         model_spec = ModelSpec.of(settings, data_spec).with_precomputed_table(tuple(section["reach"]))
         load_params = functools.partial(_exported_params, run, model_spec, mesh)
         return Model(settings, model_spec, data_spec, load_params, section["step"], str(run), mesh)
+    check_together(run, every=which == "best")
     step = run.require_latest_step()
     if which == "best":
         step, value = run.best_step(settings.checkpoint.best)

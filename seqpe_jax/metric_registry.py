@@ -1,6 +1,20 @@
-"""The metrics of evaluations, by kind of data: names in results, titles, units and which direction is better."""
+"""The metrics of evaluations, by kind of data: names in results, titles, units and which direction is better.
+
+And the names of the times that training reports.
+"""
 
 import dataclasses
+
+# Names in the lines of metrics.jsonl; seconds of a step are means since the line before.
+STEP_SECONDS = "train/step_seconds"  # without evaluations and saves
+DATA_SECONDS = "train/data_seconds"  # of a step, in which the main process waited for its batch
+SAVE_SECONDS = "train/save_seconds"  # since the line before, in which training stood still for saves
+GOODPUT = "train/goodput"  # fraction of the time since the run's first start that was spent in steps that count
+SLOWEST_PROCESS = (
+    "hosts/slowest_process"  # with the most host seconds: those of a step in which no device is waited for
+)
+SLOWEST_HOST_SECONDS = "hosts/slowest_seconds"  # its host seconds
+MEDIAN_HOST_SECONDS = "hosts/median_seconds"  # median of the host seconds of all processes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ A folder that `export` or `convert` wrote has the same files, as far as they app
     digests.json      checksums of these files (digests.json is the file's name for checksums)
     checkpoints/STEP  the state after STEP steps, in Orbax's format, with a digests.json of its own
     metrics.jsonl     metrics by step; tensorboard/, profile/: the same for TensorBoard, traces of the profiler
+    starts.jsonl      the starts of `train` in this folder: Unix time, step, processes
+    stacks/           what each process was doing when the watchdog ended the run
     evaluation.json   results of `evaluate`
     owner.json        the process that trains in the folder
     log.txt           the output of a sweep's commands
@@ -22,6 +24,7 @@ import math
 import os
 import pathlib
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +35,8 @@ from seqpe_jax.checksums import (
     RESTORE_HINT,
     check_small_files,
     checksum_error,
+    files_error,
+    listed_files,
     sha256_of,
     write_files,
 )
@@ -60,6 +65,8 @@ FINGERPRINTS_FILE = "data.json"
 TOKENIZER_FILE = "tokenizer.json"
 CLASS_NAMES_FILE = "classes.json"
 METRICS_FILE = "metrics.jsonl"
+STARTS_FILE = "starts.jsonl"
+STACKS_DIR = "stacks"
 LOG_FILE = "log.txt"
 FAILED = "== failed: "  # start of the last line of the log of a run that failed
 SWEEP_FILE = "sweep.json"  # in the folder of a sweep, which holds the folders of its runs
@@ -71,6 +78,7 @@ EVALUATION_KEY = "evaluation"  # of that metadata: the metrics of the state
 SIDE_FILES_KEY = "side_files"  # of that metadata: the run's folder has a digests.json of its own
 UPLOAD_SECONDS = 30.0  # between uploads of metrics to a bucket
 MAX_COUNT = 1 << 24  # maximum size of a vocabulary, and number of classes
+Exchange = Callable[[str, Any, Callable[[list[Any]], Any]], Any]  # `distributed.processes.exchange`
 Fingerprint = dict[str, Any]  # {"fingerprint": hex digits of the content, and its size, by what is counted}
 
 
@@ -247,6 +255,40 @@ class RunDir:
                 ) from error
         return found
 
+    def starts(self) -> list[dict[str, Any]]:
+        """Returns the starts of `train` in this folder, with time, step and processes; [] for runs older than the file.
+
+        Lines that cannot be read are left out.
+        """
+        path = self.path / STARTS_FILE
+        found = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                start = parse_json(line)
+                if math.isfinite(start["time"]):
+                    found.append(start)
+        return found
+
+    def record_start(self, step: int, process_count: int, *, anew: bool) -> float:
+        """Adds a start to starts.jsonl, and returns the Unix time of the first one.
+
+        Args:
+          step: steps done before.
+          process_count: processes of this start.
+          anew: another run begins in this folder: the starts before were not its own.
+        """
+        starts = [] if anew else self.starts()
+        starts.append({"time": time.time(), "step": step, "processes": process_count})
+        atomic_write(self.path / STARTS_FILE, "".join(json.dumps(start) + "\n" for start in starts))
+        return starts[0]["time"]
+
+    def has_config(self, settings: Config) -> bool:
+        """Returns whether config.json has exactly these values."""
+        try:
+            return self.exists and self.config_values == json.loads(json.dumps(config.to_dict(settings)))
+        except InputError:  # damaged, or of something else
+            return False
+
     def evaluation_sources(self, step: int) -> dict[str, str]:
         """Returns the checksums of the files that an evaluation of a step depends on: config and checkpoint.
 
@@ -305,6 +347,50 @@ class RunDir:
         if self._errors.get(path, (None,))[0] != versions:
             self._errors[path] = versions, _checkpoint_error(path)
         return self._errors[path][1]
+
+    def check_shared(self, exchange: Exchange, process: int, count: int, metric: str = "", every: bool = False) -> None:
+        """Reads checkpoints to check them, each of the processes of a run its part of the bytes; all must call it.
+
+        The results are those that `checkpoint_error` then returns in each process: of the newest checkpoints down to the
+        first valid one, and of the best.
+
+        Args:
+          exchange: `processes.exchange`.
+          process: number of this process.
+          count: number of processes.
+          metric: metric of the best checkpoint (`eval/NAME@SCALE`); "" = there is none.
+          every: check all checkpoints.
+        """
+        steps = exchange("checkpoints", self.steps() if process == 0 else None, _first)
+        valid = False
+        for step in reversed(steps):
+            if every or not valid:
+                valid = not self._check_shared(step, exchange, process, count) or valid
+        best = None
+        if metric and process == 0:
+            with contextlib.suppress(InputError):  # damaged metadata, which the caller reports
+                best = best_of(self.metric_values(metric), metric)
+        best = exchange("best checkpoint", best, _first)
+        if best is not None:
+            self._check_shared(best, exchange, process, count)
+
+    def _check_shared(self, step: int, exchange: Exchange, process: int, count: int) -> str:
+        path = self.step_dir(step)
+        versions = file_versions(path)
+        known = self._errors.get(path)
+        plan = None
+        if process == 0:
+            error = known[1] if known and known[0] == versions else _layout_error(path) or None
+            plan = {"error": error, "parts": _split_files(path, versions, count) if error is None else []}
+        plan = exchange("checkpoint parts", plan, _first)
+        error = plan["error"]
+        if error is None:
+            own = files_error(path, dict(plan["parts"][process]))
+            if process == 0:
+                own = own or _meta_error(path)
+            error = exchange("checkpoint errors", own, lambda errors: next(filter(None, errors), ""))
+        self._errors[path] = versions, error
+        return error
 
     def latest_valid_step(self) -> tuple[int | None, dict[AnyPath, str]]:
         """Returns the newest undamaged step, or None, and the newer damaged ones: folder -> description of the damage."""
@@ -567,6 +653,8 @@ OUTPUT_FILES = {
     TOKENIZER_FILE,
     CLASS_NAMES_FILE,
     METRICS_FILE,
+    STARTS_FILE,
+    STACKS_DIR,
     OWNER_FILE,
     LOG_FILE,
     EVALUATION_FILE,
@@ -653,12 +741,34 @@ def _is_cut_short(step_dir: AnyPath) -> bool:
     return is_remote(step_dir) and not any((step_dir / name).is_file() for name in (COMMIT_MARKER, DIGESTS_FILE))
 
 
+def _first(values: list[Any]) -> Any:
+    return values[0]
+
+
+def _split_files(step_dir: AnyPath, versions: tuple, count: int) -> list[list[tuple[str, Any]]]:
+    """The listed files of a checkpoint with their checksums, in parts of nearly equal bytes, largest files first."""
+    sizes = {name: size for name, size, _ in versions}
+    parts: list[list[tuple[str, Any]]] = [[] for _ in range(count)]
+    loads = [0] * count
+    files = listed_files(step_dir)[1]
+    for file in sorted(files, key=lambda file: (-sizes.get(file, 0), file)):
+        least = loads.index(min(loads))
+        parts[least].append((file, files[file]))
+        loads[least] += sizes.get(file, 0)
+    return parts
+
+
 def _checkpoint_error(step_dir: AnyPath) -> str:
+    return _layout_error(step_dir) or files_error(step_dir, listed_files(step_dir)[1]) or _meta_error(step_dir)
+
+
+def _layout_error(step_dir: AnyPath) -> str:
     required = (COMMIT_MARKER, ORBAX_METADATA, META_FILE) if is_remote(step_dir) else (ORBAX_METADATA, META_FILE)
-    if missing := [str(name) for name in required if not (step_dir / name).is_file()]:
-        return f"{missing[0]} is missing"
-    if error := checksum_error(step_dir):
-        return error
+    missing = [str(name) for name in required if not (step_dir / name).is_file()]
+    return f"{missing[0]} is missing" if missing else listed_files(step_dir)[0]
+
+
+def _meta_error(step_dir: AnyPath) -> str:
     meta = _read_meta(step_dir)  # older versions wrote neither the step nor checksums into it
     if meta.get("step", int(step_dir.name)) != int(step_dir.name):
         return f"it was written as {meta['step']}"

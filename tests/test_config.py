@@ -160,6 +160,7 @@ def test_difference_names_the_fields_that_differ():
         ),
         ({"optimizer.skips": 3}, ["optimizer.skips=3 is read by optimizer.non_finite='skip' alone"]),
         ({"profile.steps": "13-10"}, ["profile.steps", "first:end"]),
+        ({"report.watchdog": 0.5}, ["report.watchdog", "0, or at least 1"]),
         ({"profile.steps": "10:13", "steps": 12, "optimizer.warmup_steps": 0}, ["profile.steps='10:13'", "steps=12"]),
     ],
 )
@@ -286,6 +287,7 @@ SWITCHES = [  # settings under which a field is not read; the settings under whi
     ({}, {"optimizer.non_finite": "skip"}, "optimizer.skips", 10),
     ({}, {"eval.contexts": (64, 128)}, "eval.stride", 16),
     ({}, {"eval.contexts": (64, 128)}, "eval.targets", 64),
+    ({}, {"profile.steps": "1:3"}, "profile.processes", (1,)),
 ]
 
 

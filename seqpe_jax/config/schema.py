@@ -329,6 +329,13 @@ class ReportConfig:
 
     every: int = _field(50, "steps between lines of metrics.jsonl", **limits.NUM_STEPS)
     tensorboard: bool = _field(True, "write TensorBoard files too")
+    watchdog: float = _field(
+        300.0,
+        "seconds without a step (and at least 10 steps' time) after which the run ends with all stacks; 0 = never",
+        zero=True,
+        low=1.0,
+        high=1e6,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +343,7 @@ class ProfileConfig:
     """Traces of the JAX profiler, in WORKDIR/profile."""
 
     steps: str = _field("", "steps to trace, FIRST:END, such as 10:13 for steps 10, 11 and 12; '' = none")
+    processes: tuple[int, ...] = _field((0,), "processes that trace; () = all", low=0, high=2**16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -595,6 +595,7 @@ CONDITIONS = (
         "encoding.kind='seqpe', the encoding with a digit encoder",
     ),
     Condition(("eval.stride", "eval.targets"), lambda config: bool(config.eval.contexts), "eval.contexts"),
+    Condition(("profile.processes",), lambda config: bool(config.profile.steps), "profile.steps"),
     Condition(
         ("optimizer.skips",), lambda config: config.optimizer.non_finite == "skip", "optimizer.non_finite='skip'"
     ),

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -170,6 +170,62 @@ def barrier() -> None:
         _roll_call.barrier()
 
 
+def exchange(key: str, value: Any, reduce: roll_call.Reduce) -> Any:
+    """Waits until all processes have called this with the key, from any thread; returns reduce(values by process) to all.
+
+    Args:
+      key: name of the meeting point.
+      value: this process's value, in JSON.
+      reduce: called on the main process, where it may raise; its result is JSON too.
+    """
+    return reduce([value]) if _roll_call is None else _roll_call.exchange(key, value, reduce)
+
+
+def from_main(key: str, value: Any) -> Any:
+    """Returns the main process's value, in JSON, to all processes; unlike a collective, from any thread."""
+    return exchange(key, value, lambda values: values[0])
+
+
+def share_status(status: roll_call.Status) -> dict[int, roll_call.Status]:
+    """Sends what this process measures to the main one, without waiting; returns there the last of each process, else {}."""
+    return {} if _roll_call is None else _roll_call.share_status(status)
+
+
+def hosts() -> dict[int, str]:
+    """Returns the host names by process, on the main process; {} for a single process and on the others."""
+    return _roll_call.hosts if isinstance(_roll_call, roll_call.Coordinator) else {}
+
+
+def on_stall(answer: Callable[[], roll_call.Status], end_run: Callable[[roll_call.Status], None]) -> None:
+    """Sets what the processes do when one makes no progress.
+
+    Args:
+      answer: returns what this process does; called in a thread of its own when the main process asks.
+      end_run: called on the main process, in a thread, with the status of a process that reports a stall.
+    """
+    if isinstance(_roll_call, roll_call.Worker):
+        _roll_call.answer = answer
+    elif _roll_call is not None:
+        _roll_call.end_run = end_run
+
+
+def ask_all() -> dict[int, roll_call.Status | None]:
+    """Asks the workers what they do, on the main process; None for those that do not answer soon."""
+    return _roll_call.ask_all() if isinstance(_roll_call, roll_call.Coordinator) else {}
+
+
+def report_stall(status: roll_call.Status) -> None:
+    """Reports, on a worker, that it makes no progress; returns only if the main process does not answer."""
+    if isinstance(_roll_call, roll_call.Worker):
+        _roll_call.report_stall(status)
+
+
+def exit_alone(code: int, reason: str) -> NoReturn:
+    """Exits this process, as one whose main process does not answer."""
+    print(reason, file=sys.stderr)
+    roll_call.exit_process(code)
+
+
 def check_equal(facts: Mapping[str, str]) -> None:
     """Waits until all processes are here, and refuses facts that differ, such as fingerprints of their data.
 
@@ -222,7 +278,7 @@ def check_shared(path: Any) -> None:
         if time.monotonic() > deadline:
             raise InputError(
                 f"{path.parent} is not the same folder on every host: on {socket.gethostname()} it has no {path.name}, "
-                "which process 0 has just written there; give a folder that they share"
+                "which process 0 sees there; give a folder that they share"
             )
         time.sleep(0.5)
 

@@ -1,4 +1,4 @@
-"""Open TCP connections between the coordinator (process 0) and the workers: a roll call at the start, barriers, aborts.
+"""Open TCP connections between the coordinator (process 0) and the workers: roll call, exchanges, status, aborts.
 
 The roll call names processes that are missing or were started differently, and a connection that closes names the process
 that died, within a second. JAX's own service notices both only minutes later, in a C++ stack trace without a name. Messages
@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from seqpe_jax.errors import Failure, InputError
@@ -25,10 +25,15 @@ MISMATCH_SECONDS = 5.0  # after the first process that does not match, to name o
 GRACE_SECONDS = 3.0  # between a worker's failure and its report: the coordinator often fails likewise, and reports that
 EXIT_SECONDS = 5.0  # for workers to exit before the coordinator does
 ABORT_SECONDS = 15.0  # for the coordinator to answer a worker that fails
-MAX_MESSAGE_BYTES = 1 << 20
+ANSWER_SECONDS = 5.0  # for another process to say what it does
+STALL_SECONDS = 600.0  # for the coordinator to end a run that makes no progress
+MAX_MESSAGE_BYTES = 1 << 24
 MAX_SHOWN = 5  # differences in a message
+BARRIER = "barrier"  # key of an exchange
 
 Facts = dict[str, str]
+Status = dict[str, Any]  # what a process does, in JSON
+Reduce = Callable[[list[Any]], Any]  # values by process -> one value for all
 LOST = "was killed or has lost its machine; start the same command again: it resumes from the last checkpoint"
 
 
@@ -90,6 +95,7 @@ class _Connection:
         self.host = "?"
         self.closed = threading.Event()
         self._socket, self._file = connected, connected.makefile("rb")
+        self._sending = threading.Lock()
         # A machine that vanishes closes nothing: probe after 10 s of silence, and give up 20 s later.
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
@@ -98,7 +104,7 @@ class _Connection:
 
     def send(self, kind: str, **values: Any) -> None:
         """Sends a message; without effect if the other end is gone, which `receive` reports."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._sending:
             self._socket.sendall(json.dumps({"kind": kind} | values).encode() + b"\n")
 
     def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
@@ -135,8 +141,11 @@ class Coordinator:
         self._server = listen(*address)
         self._messages: queue.SimpleQueue[tuple[str, _Connection, dict[str, Any]]] = queue.SimpleQueue()
         self._workers: dict[int, _Connection] = {}
-        self._arrived, self._all_arrived = 0, threading.Semaphore(0)
-        self._facts: dict[int, Facts] = {}
+        self._changed = threading.Condition()  # guards the next three
+        self._exchanges: dict[str, dict[int, Any]] = {}  # key -> values by process
+        self._statuses: dict[int, Status] = {}
+        self._answers: dict[int, Status] = {}
+        self.end_run: Callable[[Status], object] = lambda status: None  # called when a worker reports a stall
         self._aborting, self._is_over = threading.Lock(), False
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -219,15 +228,41 @@ class Coordinator:
             elif kind == "abort":
                 time.sleep(GRACE_SECONDS)
                 self.abort(message["code"], f"{who}: {message['reason']}")
-            elif kind == "barrier":
-                self._facts[connection.process] = message.get("facts", {})
-                self._arrived += 1
-                if (
-                    self._arrived % (self._count - 1) == 0
-                ):  # no worker arrives at the next barrier before all left this one
-                    self._all_arrived.release()
+            elif kind in ("exchange", "status", "answer"):
+                self._store(kind, connection.process, message)
+            elif kind == "stalled":  # in a thread: it asks all workers what they do, and their answers come here
+                threading.Thread(target=self.end_run, args=(message["status"],), daemon=True).start()
             elif kind == "disconnected" and not self._is_over and connection is self._workers.get(connection.process):
                 self.abort(1, f"{who} {LOST}")
+
+    def _store(self, kind: str, process: int, message: dict[str, Any]) -> None:
+        with self._changed:
+            if kind == "exchange":
+                self._exchanges.setdefault(message["key"], {})[process] = message["value"]
+            else:
+                (self._statuses if kind == "status" else self._answers)[process] = message["status"]
+            self._changed.notify_all()
+
+    def share_status(self, status: Status) -> dict[int, Status]:
+        """Records the coordinator's status, and returns the last one of each process that has sent one."""
+        with self._changed:
+            self._statuses[0] = status
+            return dict(self._statuses)
+
+    def ask_all(self) -> dict[int, Status | None]:
+        """Asks all workers what they do; returns the answers, None of those that do not answer in `ANSWER_SECONDS`."""
+        with self._changed:
+            self._answers.clear()
+        for connection in self._workers.values():
+            connection.send("ask")
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._answers) == len(self._workers), ANSWER_SECONDS)
+            return {process: self._answers.get(process) for process in self._workers}
+
+    @property
+    def hosts(self) -> dict[int, str]:
+        """Host names by process."""
+        return {0: socket.gethostname()} | {process: worker.host for process, worker in self._workers.items()}
 
     def abort(self, code: int, reason: str) -> NoReturn:
         """Prints the reason, and exits all processes of the run."""
@@ -241,6 +276,27 @@ class Coordinator:
             connection.closed.wait(max(0.0, deadline - time.monotonic()))
         exit_process(code)
 
+    def exchange(self, key: str, value: Any, reduce: Reduce) -> Any:
+        """Waits until all processes have called this with the key, and returns the same to all.
+
+        Threads may do so at the same time under different keys.
+
+        Args:
+          key: name of the meeting point; free again afterwards.
+          value: this process's value, in JSON.
+          reduce: function of the values by process, whose result, in JSON, all get; called on the coordinator, where it may
+            raise.
+        """
+        with self._changed:
+            values = self._exchanges.setdefault(key, {})
+            values[0] = value
+            self._changed.wait_for(lambda: len(values) == self._count)
+            del self._exchanges[key]
+        result = reduce([values[process] for process in range(self._count)])
+        for connection in self._workers.values():
+            connection.send("result", key=key, value=result)
+        return result
+
     def barrier(self, last: bool = False, facts: Facts | None = None) -> None:
         """Waits until all processes are here.
 
@@ -251,16 +307,16 @@ class Coordinator:
         Raises:
           InputError: the processes' facts differ.
         """
-        self._all_arrived.acquire()
-        if facts is not None:
-            hosts = {0: socket.gethostname()} | {process: worker.host for process, worker in self._workers.items()}
-            if found := differences({0: facts} | self._facts, hosts):
+
+        def compare(values: list[Facts | None]) -> None:
+            found = differences({process: own or {} for process, own in enumerate(values)}, self.hosts)
+            if facts is not None and found:
                 raise InputError(
                     f"the processes of this run differ in {'; '.join(found[:MAX_SHOWN])}. Give every host the same files"
                 )
-        self._is_over = last
-        for connection in self._workers.values():
-            connection.send("release")
+            self._is_over = last
+
+        self.exchange(BARRIER, facts, compare)
 
 
 class Worker:
@@ -278,8 +334,11 @@ class Worker:
 
     def __init__(self, address: tuple[str, int], process: int, facts: Facts, seconds: float):
         self._process, self._coordinator = process, f"{address[0]}:{address[1]}"
-        self._released, self._printing = threading.Semaphore(0), threading.Lock()
+        self._changed, self._printing = threading.Condition(), threading.Lock()
+        self._results: dict[str, Any] = {}  # of exchanges by key
         self._is_last_barrier = self._is_over = False
+        self._asked = threading.Event()
+        self.answer: Callable[[], Status] = dict  # returns what this process does, when the coordinator asks
         self._connection = _Connection(self._connect(address, seconds))
         self._connection.send("hello", hello=HELLO, process=process, host=socket.gethostname(), facts=facts)
         answer = self._connection.receive(seconds + 2 * MISMATCH_SECONDS)
@@ -305,11 +364,20 @@ class Worker:
                 time.sleep(0.2)
 
     def _watch(self) -> None:
-        while (message := self._connection.receive()) is not None and message["kind"] == "release":
-            self._is_over = self._is_last_barrier
-            self._released.release()
+        while (message := self._connection.receive()) is not None and message["kind"] in ("result", "ask"):
+            if message["kind"] == "ask":
+                self._asked.set()
+                threading.Thread(target=self._answer, daemon=True).start()
+                continue
+            with self._changed:
+                self._is_over = self._is_last_barrier and message["key"] == BARRIER
+                self._results[message["key"]] = message["value"]
+                self._changed.notify_all()
         if not self._is_over:
             self._exit(message)
+
+    def _answer(self) -> None:
+        self._connection.send("answer", status=self.answer())
 
     def _exit(self, message: dict[str, Any] | None) -> NoReturn:
         if message is None:
@@ -330,11 +398,28 @@ class Worker:
         self._print(reason)
         exit_process(code)
 
+    def exchange(self, key: str, value: Any, reduce: Reduce) -> Any:
+        """Waits until all processes are here, and returns what the coordinator's `reduce` returned."""
+        self._connection.send("exchange", key=key, value=value)
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._results)
+            return self._results.pop(key)
+
     def barrier(self, last: bool = False, facts: Facts | None = None) -> None:
         """Waits until all processes are here (`Coordinator.barrier`)."""
         self._is_last_barrier = last
-        self._connection.send("barrier", facts=facts or {})
-        self._released.acquire()
+        self.exchange(BARRIER, facts, lambda values: None)
+
+    def share_status(self, status: Status) -> dict[int, Status]:
+        """Sends this process's status to the coordinator, which alone knows those of all."""
+        self._connection.send("status", status=status)
+        return {}
+
+    def report_stall(self, status: Status) -> None:
+        """Reports that this process makes no progress; returns only if the coordinator does not ask what it does."""
+        self._connection.send("stalled", status=status)
+        if self._asked.wait(ANSWER_SECONDS):
+            time.sleep(STALL_SECONDS)  # the coordinator ends this process meanwhile
 
 
 def listen(host: str, port: int) -> socket.socket:

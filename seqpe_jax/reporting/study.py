@@ -15,6 +15,7 @@ from seqpe_jax.config import ENCODINGS, Config, encoding_name, to_dict
 from seqpe_jax.data.registry import COUNT_NAMES, DATA_IMAGE, DATA_TEXT, DATASETS, Dataset
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path
+from seqpe_jax.metric_registry import DATA_SECONDS, GOODPUT, STEP_SECONDS
 from seqpe_jax.reporting.load_run import (
     checked_config,
     get_field,
@@ -142,7 +143,17 @@ class Run:
     @property
     def step_seconds(self) -> float | None:
         """Median of the reported step times."""
-        return self._of_reports("train/step_seconds", statistics.median)
+        return self._of_reports(STEP_SECONDS, statistics.median)
+
+    @property
+    def data_seconds(self) -> float | None:
+        """Mean of the reported waits for data in a step."""
+        return self._of_reports(DATA_SECONDS, statistics.fmean)
+
+    @property
+    def goodput(self) -> float | None:
+        """Last reported fraction of the time since the first start that was spent in steps that count."""
+        return self._of_reports(GOODPUT, lambda values: values[-1])
 
     @property
     def peak_bytes(self) -> int | None:

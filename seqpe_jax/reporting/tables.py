@@ -291,18 +291,30 @@ def training_cost(study: Study) -> Table:
                 Cell(row),
                 cell([run.parameters for run in runs], integer),
                 cell([run.step_seconds for run in runs], lambda value: f"{1000 * value:,.1f}"),
+                cell([run.data_seconds for run in runs], lambda value: f"{1000 * value:,.1f}"),
                 cell([run.per_second for run in runs], integer),
                 cell([run.seconds for run in runs if not run.unfinished], integer),
+                cell([run.goodput for run in runs], lambda value: f"{value:.0%}"),
                 cell([run.peak_bytes for run in runs], lambda value: integer(value / MIB)),
             ]
         )
     rate = "/".join(sorted({COUNT_NAMES[run.data_kind] for run in study.runs})) + " per s"
     return Table(
         "Cost of training",
-        [row_heading(study), "parameters", "step (ms)", rate, "training seconds", "peak memory (MiB)"],
+        [
+            row_heading(study),
+            "parameters",
+            "step (ms)",
+            "wait for data (ms)",
+            rate,
+            "training seconds",
+            "goodput",
+            "peak memory (MiB)",
+        ],
         rows,
-        "Step time and throughput: medians of a run's reports. Training seconds: of finished runs. Peak memory: of one "
-        "device, where the backend reports it (the CPU's does not).",
+        "Step time and throughput: medians of a run's reports. Wait for data: the mean part of a step. Training seconds: of "
+        "finished runs. Goodput: the fraction of all time since a run's first start that was spent in steps that count. Peak "
+        "memory: of one device, where the backend reports it (the CPU's does not).",
     )
 
 

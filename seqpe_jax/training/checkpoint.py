@@ -19,14 +19,19 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
-from seqpe_jax.checksums import DIGESTS_FILE, write_checksums
+from seqpe_jax.checksums import DIGESTS_FILE, checksums_of, write_checksums
+from seqpe_jax.distributed import processes
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
-from seqpe_jax.files import AnyPath, free_space, is_remote, remove_dir
+from seqpe_jax.files import AnyPath, free_space, is_remote, list_files, remove_dir
 from seqpe_jax.run_dir import CHECKPOINTS_DIR, COMMIT_MARKER, RunDir, best_of, metric_in
 
 ARRAY_METADATA_BYTES = 4096  # at most
 STATE_METADATA_BYTES = 65536  # at most
 TMP_SUFFIX = ".orbax-checkpoint-tmp"
+STATE_DIR = "state"  # of a checkpoint: its arrays
+ARRAYS_WRITTEN = "async_write_complete"  # where Orbax's processes meet when each has written its arrays
+SAVE_SECONDS = 1200  # time-out of a save, to which the time for its bytes is added
+SLOWEST_RATE = 2 * 2**20  # bytes per second at which a process at least writes, and reads back, its part of a save
 
 
 def _has_no_save_traceback(record: logging.LogRecord) -> bool:
@@ -55,6 +60,34 @@ def checkpoint_bytes(state: Any) -> int:
     leaves = jax.tree.leaves(state)
     arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     return arrays + ARRAY_METADATA_BYTES * len(leaves) + STATE_METADATA_BYTES
+
+
+def save_timeout(size: int) -> int:
+    """Returns the seconds after which a save has failed.
+
+    Args:
+      size: bytes that this process saves.
+    """
+    return SAVE_SECONDS + math.ceil(size / SLOWEST_RATE)
+
+
+def check_together(run: RunDir, metric: str = "", every: bool = False) -> None:
+    """Checks the checkpoints of a run, each process its part of the bytes; all processes of a run must call it.
+
+    Later calls of `RunDir.checkpoint_error` return the results. A single process checks when they are called.
+
+    Args:
+      run: the run's folder.
+      metric: metric of the best checkpoint, which is checked besides the newest; "" = there is none.
+      every: check all checkpoints.
+
+    Raises:
+      InputError: this host sees another folder than process 0.
+    """
+    if processes.is_multiprocess():
+        for step in processes.from_main("steps", run.steps()):
+            processes.check_shared(run.step_dir(step))
+        run.check_shared(processes.exchange, jax.process_index(), jax.process_count(), metric, every)
 
 
 def local_bytes(state: Any) -> int:
@@ -110,6 +143,7 @@ class Checkpointer:
       keep: newest states that stay.
       keep_every: states of multiples of so many steps stay for good; 0 = none do.
       best: the policy by which the best state stays; None = none does.
+      size: bytes that this process saves (`local_bytes`), from which the time-out follows.
       create: makes the folder of checkpoints; False for a reader.
 
     Attributes:
@@ -125,6 +159,7 @@ class Checkpointer:
         keep: int = 1,
         keep_every: int = 0,
         best: BestCheckpointPolicy | None = None,
+        size: int = 0,
         create: bool = True,
     ):
         self.run = RunDir.of(run)
@@ -147,16 +182,30 @@ class Checkpointer:
             preservation_policy=managers.AnyPreservationPolicy(policies),
             create=create,
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=save_timeout(size),
+                barrier_sync_fn=self._barrier if processes.is_multiprocess() else None,
+                post_finalization_callback=self._write_checksums,
+            ),
         )
         self._manager = ocp.CheckpointManager(epath.Path(str(self.folder)), options=options)
         self._saving: int | None = None
+        self._written: dict[str, str] = {}  # checksums of the arrays of the save under way, on the main process
         self.failed = 0
         self.before_save: Callable[[], None] = lambda: None
 
     def latest_step(self) -> int | None:
         """Returns the newest undamaged step, or None."""
         return self.run.latest_valid_step()[0]
+
+    def saved_step(self) -> int | None:
+        """Returns the newest saved step, whose files are not read to check it, or None."""
+        return max((step for step in self.run.steps() if self.run.is_saved(step)), default=None)
+
+    def is_saving(self) -> bool:
+        """Returns whether the files of a save are being written in the background."""
+        step = self._saving
+        return step is not None and not self.run.is_saved(step)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts to save a state; its buffers may be donated right afterwards.
@@ -172,7 +221,7 @@ class Checkpointer:
         if step == self._manager.latest_step():
             return
         self.wait()  # the checksums of the save before are written by then
-        self._saving = step
+        self._saving, self._written = step, {}
         with self._handle_errors():
             self.before_save()
             if self.failed:  # after a failed save Orbax has forgotten which checkpoints were to be removed
@@ -210,11 +259,33 @@ class Checkpointer:
             reason = "no space is left on the device" if is_full else f"{type(error).__name__}: {message[:200]}"
             raise SaveError(f"the save of step {step} failed ({reason})") from error
 
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Waits in Orbax's threads for the other processes; for as long as it takes, since a lost one ends the run.
+
+        Each process computes the checksums of its arrays before, so that the main one need not read those of all.
+        """
+        del timeout_ms
+        if ARRAYS_WRITTEN in key:
+            processes.exchange(key, self._own_checksums(), self._merge)
+        else:
+            processes.exchange(key, None, lambda values: None)
+
+    def _own_checksums(self) -> dict[str, str]:
+        """The checksums of the arrays that this process has written, by file of the checkpoint."""
+        suffix = "" if is_remote(self.folder) else TMP_SUFFIX  # of both folders, until all is written
+        folder = self.folder / f"{self._saving}{suffix}" / f"{STATE_DIR}{suffix}"
+        own = list_files(folder / f"ocdbt.process_{jax.process_index()}")
+        found = checksums_of(folder, [str(path.relative_to(folder)) for path in own])
+        return {f"{STATE_DIR}/{file}": value for file, value in found.items()}
+
+    def _merge(self, found: list[dict[str, str]]) -> None:
+        self._written = {file: value for own in found for file, value in own.items()}
+
     def _write_checksums(self) -> None:
         """Called by Orbax when all files of a checkpoint are written, before it gives the checkpoint its name."""
         if jax.process_index() == 0:
             for folder in self._unfinished(self._saving):  # one save at a time
-                write_checksums(folder, name=folder.name.removesuffix(TMP_SUFFIX))
+                write_checksums(folder, name=folder.name.removesuffix(TMP_SUFFIX), known=self._written)
 
     def _unfinished(self, step: int | None) -> list[AnyPath]:
         """The folders of a save that is not finished: one, or none."""
@@ -250,7 +321,7 @@ class Checkpointer:
           InputError: there is no checkpoint, it is damaged, or of a model of other sizes.
         """
         step = self.run.require_latest_step() if step is None else step
-        path = self.folder / str(step) / "state"
+        path = self.folder / str(step) / STATE_DIR
         source = epath.Path(str(path))
         targets = {"params": params}
         arguments = jax.tree.map(

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +22,22 @@ from seqpe_jax.distributed import hardware, processes
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import EXIT_PREEMPTED, Failure
 from seqpe_jax.files import AnyPath, staged_dir
+from seqpe_jax.metric_registry import (
+    DATA_SECONDS,
+    GOODPUT,
+    MEDIAN_HOST_SECONDS,
+    SAVE_SECONDS,
+    SLOWEST_HOST_SECONDS,
+    SLOWEST_PROCESS,
+    STEP_SECONDS,
+)
 from seqpe_jax.run_dir import EVALUATION_KEY
+from seqpe_jax.training import clock as phases
 from seqpe_jax.training.checkpoint import Checkpointer, SaveError
+from seqpe_jax.training.clock import TrainingClock
 from seqpe_jax.training.metrics_writer import MetricsWriter
 from seqpe_jax.training.step import Metrics, TrainState, all_finite
+from seqpe_jax.training.watchdog import Watchdog
 
 POLL_SECONDS = 0.1  # between two polls for a signal during long work
 RETRY_SECONDS = 1.0  # between two attempts to save the last state, while somebody may be making room on the disk
@@ -40,36 +53,6 @@ class Preempted(Failure):
     """The run was asked to stop and its state is saved; the exit code lets a scheduler start it again."""
 
     code = EXIT_PREEMPTED
-
-
-class TrainingClock:
-    """Wall-clock time of a run in seconds, with the time of its earlier starts.
-
-    Args:
-      previous: seconds of earlier starts.
-    """
-
-    def __init__(self, previous: float = 0.0):
-        self._previous = previous
-        self._start = time.monotonic()
-        self._paused = 0.0
-
-    def seconds(self) -> float:
-        """Returns the time of training so far, pauses included."""
-        return self._previous + time.monotonic() - self._start
-
-    def step_seconds(self) -> float:
-        """Returns a time that does not advance during pauses; only differences of it have a meaning."""
-        return time.monotonic() - self._paused
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Excludes the time in this context from `step_seconds`."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self._paused += time.monotonic() - start
 
 
 @dataclasses.dataclass
@@ -155,12 +138,14 @@ class MetricsHook(Hook):
         self._consecutive_skips = 0
         self._progress = ProgressLine(num_steps)
         self._pending: tuple[int, Metrics] | None = None
-        self._last_written: tuple[int, float] | None = None  # (step, clock) at which the averaged interval begins
+        self._last_flush = self._last_written = clock_reading(clock, -1)  # set before the first step
+        self._last_saves = 0.0  # seconds in saves up to the last line
+        self._slowest = ""  # host of a multi-process run, for the progress line
 
     def before_step(self, loop: LoopState) -> None:
         """Starts the first interval of the step time."""
-        if self._last_written is None:
-            self._last_written = (loop.step, self._clock.step_seconds())
+        if self._last_written.step < 0:
+            self._last_flush = self._last_written = clock_reading(self._clock, loop.step)
 
     def after_step(self, loop: LoopState, metrics: Metrics) -> None:
         """Reports the step before this one."""
@@ -176,29 +161,33 @@ class MetricsHook(Hook):
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        loss = self._check_finite(step, metrics)
-        start_step, start = self._last_written
-        now = self._clock.step_seconds()
+        with self._clock.phase(phases.DEVICE):
+            loss = self._check_finite(step, metrics)
+        now = clock_reading(self._clock, step)
         compiled_now = step == loop.start_step + 1  # the first step of a start waits for its compilation
-        seconds = max(now - start, 1e-9) / (step - start_step)
+        if not compiled_now:
+            self._clock.finish_step(now.since(self._last_flush).seconds)
+        self._last_flush = now
+        mean = now.since(self._last_written)
         utilization = {}
         if not compiled_now:
-            utilization = {name: hardware.utilisation(flops, seconds) for name, flops in self._flops.items()}
+            utilization = {name: hardware.utilisation(flops, mean.seconds) for name, flops in self._flops.items()}
         due = step % self._every == 0 or step in (1, loop.num_steps)
         if due:
-            self._write(step, metrics, seconds, utilization)
+            self._write(step, metrics, mean, utilization)
         if due or compiled_now:
-            self._last_written = (step, now)
-        rate = "" if compiled_now else f"{self._count_per_step / seconds:,.0f} {self._count_name}/s"
+            self._last_written = now
+        rate = "" if compiled_now else f"{self._count_per_step / mean.seconds:,.0f} {self._count_name}/s"
         mfu = utilization.get("mfu")
         skipped = f"{self.skipped} skipped" if self.skipped else ""
-        self._progress.update(step, loss=loss, notes=[rate, f"MFU {mfu:.0%}" if mfu else "", skipped])
+        notes = [rate, f"MFU {mfu:.0%}" if mfu else "", skipped, self._slowest]
+        self._progress.update(step, loss=loss, notes=notes)
 
     @contextlib.contextmanager
-    def paused_clock(self, loop: LoopState) -> Iterator[None]:
-        """Excludes work between two steps from the step time, after the pending step is reported."""
+    def paused_clock(self, loop: LoopState, phase: str) -> Iterator[None]:
+        """Excludes work between two steps, a phase of the clock, from the step time, after the pending step is reported."""
         self.flush(loop)
-        with self._clock.pause():
+        with self._clock.pause(phase):
             yield
 
     def print_line(self, text: str) -> None:
@@ -231,18 +220,78 @@ class MetricsHook(Hook):
             cure = f"resume with optimizer.non_finite=skip, or {cure}"
         return f"step {step}{in_a_row} is not finite ({numbers}); {checkpoint}. {cure[0].upper()}{cure[1:]}"
 
-    def _write(self, step: int, metrics: Metrics, seconds: float, utilization: Mapping[str, float | None]) -> None:
+    def _write(
+        self, step: int, metrics: Metrics, mean: "ClockReading", utilization: Mapping[str, float | None]
+    ) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         # JSON has no non-finite numbers: those of a skipped step are left out.
         line = {f"train/{name}": value for name, value in values.items() if math.isfinite(value)}
         if self._max_skips:
             line["train/skipped"] = self.skipped
-        line[f"train/{self._count_name}_per_second"] = self._count_per_step / seconds
-        line["train/step_seconds"] = seconds
+        line[f"train/{self._count_name}_per_second"] = self._count_per_step / mean.seconds
+        saves = self._clock.phase_seconds(phases.SAVE)
+        line |= {
+            STEP_SECONDS: mean.seconds,
+            DATA_SECONDS: mean.data,
+            SAVE_SECONDS: saves - self._last_saves,
+            GOODPUT: self._clock.goodput(),
+        }
+        self._last_saves = saves
+        line |= self._compare_hosts(max(0.0, mean.seconds - mean.device))
         line |= {f"train/{name}": share for name, share in utilization.items() if share is not None}
         if (peak_bytes := hardware.peak_memory()) is not None:
             line["device/memory_bytes"] = peak_bytes
         self._writer.write(step, line, time=self._clock.seconds())
+
+    def _compare_hosts(self, seconds: float) -> dict[str, float]:
+        """Sends the time of a step that the devices do not account for; returns metrics of the slowest process, once all did."""
+        own = {
+            process: status["host_seconds"]
+            for process, status in processes.share_status({"host_seconds": seconds}).items()
+        }
+        if len(own) < max(2, jax.process_count()):
+            return {}
+        slowest = max(own, key=lambda process: own[process])
+        self._slowest = f"slowest host {processes.hosts()[slowest]} (process {slowest}): {own[slowest]:.3g} s a step"
+        return {
+            SLOWEST_PROCESS: slowest,
+            SLOWEST_HOST_SECONDS: own[slowest],
+            MEDIAN_HOST_SECONDS: statistics.median(own.values()),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ClockReading:
+    """A reading of a run's clock, or the mean of a step between two.
+
+    Attributes:
+      step: steps done.
+      seconds: step time.
+      data: seconds in which the process waited for data.
+      device: seconds in which it waited for the devices.
+    """
+
+    step: int
+    seconds: float
+    data: float
+    device: float
+
+    def since(self, earlier: "ClockReading") -> "ClockReading":
+        """Returns the mean of a step since an earlier reading."""
+        steps = self.step - earlier.step
+        return ClockReading(
+            steps,
+            max(self.seconds - earlier.seconds, 1e-9) / steps,
+            (self.data - earlier.data) / steps,
+            (self.device - earlier.device) / steps,
+        )
+
+
+def clock_reading(clock: TrainingClock, step: int) -> ClockReading:
+    """Returns the present reading of a clock."""
+    return ClockReading(
+        step, clock.step_seconds(), clock.phase_seconds(phases.DATA), clock.phase_seconds(phases.DEVICE)
+    )
 
 
 class EvaluationHook(Hook):
@@ -285,10 +334,16 @@ class EvaluationHook(Hook):
 
     def on_end(self, loop: LoopState) -> None:
         """Evaluates and writes the metrics."""
-        with self._metrics_hook.paused_clock(loop):
-            metrics = self._preemption.run_preemptible(
-                loop, lambda between_batches: self._evaluate(loop.state.params, between_batches)
-            )
+
+        def evaluate(between_batches: Callable[..., None]) -> dict[str, float]:
+            def after_batch(*done: int) -> None:
+                self._clock.progress()
+                between_batches(*done)
+
+            return self._evaluate(loop.state.params, after_batch)
+
+        with self._metrics_hook.paused_clock(loop, phases.EVALUATION):
+            metrics = self._preemption.run_preemptible(loop, evaluate)
             self._writer.write(loop.step, metrics, time=self._clock.seconds())
         loop.last_eval = loop.step, metrics
 
@@ -340,14 +395,18 @@ class CheckpointHook(Hook):
 
     def save(self, loop: LoopState) -> None:
         """Starts to save the state, unless it is saved already. Raises: NonFiniteError, SaveError."""
-        with self._metrics_hook.paused_clock(loop):
+        with self._metrics_hook.paused_clock(loop, phases.SAVE):
             if not bool(_all_finite(loop.state.params)):
                 raise NonFiniteError(
                     f"parameters are infinite or not a number after step {loop.step}, though the loss before was finite: "
-                    f"they are not saved, the last checkpoint is of step {self._checkpointer.latest_step()}. Lower "
+                    f"they are not saved, the last checkpoint is of step {self._checkpointer.saved_step()}. Lower "
                     "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
                 )
-            metadata = self._metadata | {"seconds": self._clock.seconds(), "skipped": self._metrics_hook.skipped}
+            metadata = self._metadata | {
+                "seconds": self._clock.seconds(),
+                "productive_seconds": self._clock.productive,
+                "skipped": self._metrics_hook.skipped,
+            }
             eval_step, eval_metrics = loop.last_eval
             if eval_step == loop.step:
                 metadata[EVALUATION_KEY] = eval_metrics
@@ -363,7 +422,8 @@ class CheckpointHook(Hook):
         """Saves the state and waits until that is done. Raises: NonFiniteError, SaveError."""
         while True:
             self.save(loop)
-            self._wait()
+            with self._clock.phase(phases.SAVE):
+                self._wait()
             if not self._checkpointer.failed:
                 self._check_owned()  # the folder may have been removed during the save
                 return
@@ -371,7 +431,8 @@ class CheckpointHook(Hook):
 
     def close(self) -> None:
         """Waits for a save in progress."""
-        self._checkpointer.close()
+        with self._clock.phase(phases.SAVE):
+            self._checkpointer.close()
 
     def _wait(self) -> None:
         try:
@@ -385,7 +446,7 @@ class CheckpointHook(Hook):
         failures = self._checkpointer.failed
         if processes.is_multiprocess() or failures >= self._max_failures:
             raise SaveError(
-                f"{error}, {failures} in a row; the last checkpoint is of step {self._checkpointer.latest_step()}. Once "
+                f"{error}, {failures} in a row; the last checkpoint is of step {self._checkpointer.saved_step()}. Once "
                 "the cause is fixed, the same command resumes from there"
             ) from error
         self._metrics_hook.print_line(
@@ -492,9 +553,29 @@ class ProfilerHook(Hook):
             self._staged.close()
 
 
+class WatchdogHook(Hook):
+    """Reports finished steps to the watchdog, until the loop ends.
+
+    Args:
+      watchdog: watchdog of the run.
+    """
+
+    def __init__(self, watchdog: Watchdog):
+        self._watchdog = watchdog
+
+    def after_step(self, loop: LoopState, metrics: Metrics) -> None:
+        """Counts a step that is dispatched."""
+        self._watchdog.step = loop.step
+
+    def close(self) -> None:
+        """Stops the watchdog."""
+        self._watchdog.stop()
+
+
 # Evaluation and checkpoint see the state before the next step, an evaluation is stored with its checkpoint, a preempted run
-# saves first, and metrics are last because they wait for the device.
-HOOK_ORDER = (EvaluationHook, CheckpointHook, PreemptionHook, ProfilerHook, MetricsHook)
+# saves first, and metrics are last because they wait for the device. Hooks are closed in this order: the watchdog watches
+# until nothing is left that could hang.
+HOOK_ORDER = (EvaluationHook, CheckpointHook, PreemptionHook, ProfilerHook, MetricsHook, WatchdogHook)
 
 
 def check_hook_order(hooks: Sequence[Hook]) -> None:

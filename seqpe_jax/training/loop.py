@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -21,15 +22,19 @@ from seqpe_jax.config import Config
 from seqpe_jax.distributed import processes
 from seqpe_jax.errors import InputError
 from seqpe_jax.run_dir import SIDE_FILES_KEY, RunDir, describe_fingerprint
+from seqpe_jax.training import clock as phases
 from seqpe_jax.training import hooks as hooks_lib
 from seqpe_jax.training import warm_start
 from seqpe_jax.training.checkpoint import (
     BestCheckpointPolicy,
     Checkpointer,
     check_finite,
+    check_together,
     checkpoint_bytes,
     local_bytes,
+    save_timeout,
 )
+from seqpe_jax.training.clock import TrainingClock
 from seqpe_jax.training.hooks import Hook, LoopState
 from seqpe_jax.training.metrics_writer import MetricsWriter
 from seqpe_jax.training.resume import (
@@ -42,6 +47,7 @@ from seqpe_jax.training.resume import (
 )
 from seqpe_jax.training.step import Batch, TrainState, TrainStep
 from seqpe_jax.training.trainer import Trainer, best_metric
+from seqpe_jax.training.watchdog import Watchdog
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bool = False) -> None:
@@ -60,7 +66,10 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
     run = RunDir(workdir)
 
     # Checks, before anything is written.
-    saved = run.latest_step()  # None: no checkpoint
+    _check_profile(config)
+    check_together(run)
+    # None: no checkpoint. The folder as process 0 sees it: a network file system may show another host less.
+    saved = processes.from_main("saved step", run.latest_step() if processes.is_main_process() else None)
     check_same_run(config, run, saved, extend)
     trainer = make_trainer(config, run, saved)
     _check_data(trainer, run, saved)
@@ -77,10 +86,10 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
         if previous_owner:
             _print(f"  {previous_owner}")
         run.reload()
-        if run.latest_step() != saved:
+        if processes.is_main_process() and run.latest_step() != saved:
             raise InputError(f"another process has just trained in {run}: run the command again to resume")
         planned_steps = run.config.steps if saved is not None else trainer.config.steps
-        _write_run_files(trainer, run, new=saved is None)
+        first_start = _write_run_files(trainer, run, saved)
         if planned_steps != trainer.config.steps:
             _print(f"  planned for {planned_steps} steps, training to {trainer.config.steps}")
         pending_eval = processes.broadcast_from_main(
@@ -99,14 +108,20 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
             if trainer.config.init_from:
                 _print(f"  starting from {trainer.config.init_from}")
         else:
-            state = checkpointer.restore(trainer.abstract_state)
+            state = checkpointer.restore(trainer.abstract_state, saved)
             check_finite(run.step_dir(saved), state.params)
-            metadata = checkpointer.meta()
+            metadata = checkpointer.meta(saved)
             _print(f"  resuming at step {saved}")
 
         # Train.
-        hooks = make_hooks(trainer, run, checkpointer, saved or 0, metadata, pending_eval)
-        run_steps(state, trainer.jit_train_step(), batches, num_steps=trainer.config.steps, hooks=hooks)
+        clock = TrainingClock(
+            metadata.get("seconds", 0.0),
+            productive=metadata.get("productive_seconds", 0.0),
+            first_start=first_start,
+        )
+        hooks = make_hooks(trainer, run, checkpointer, saved or 0, metadata, pending_eval, clock)
+        steps = trainer.config.steps
+        run_steps(state, trainer.jit_train_step(), batches, num_steps=steps, hooks=hooks, clock=clock)
 
 
 def run_steps(
@@ -116,6 +131,7 @@ def run_steps(
     *,
     num_steps: int,
     hooks: Sequence[Hook] = (),
+    clock: TrainingClock | None = None,
 ) -> TrainState:
     """Runs the training loop and returns the final state.
 
@@ -128,25 +144,31 @@ def run_steps(
       batches: (step, global batch), starting at the step of the state.
       num_steps: step at which training ends.
       hooks: hooks in the order of `HOOK_ORDER`.
+      clock: clock of the run, which the hooks read; None = nobody reads it.
 
     Raises:
       NonFiniteError, Preempted, SaveError: raised by hooks.
     """
     hooks_lib.check_hook_order(hooks)
+    clock = clock or TrainingClock()
     start_step = int(jax.device_get(state.step))
     loop = LoopState(state, start_step, start_step, num_steps)
     with contextlib.ExitStack() as closing:
         for hook in reversed(hooks):  # close in list order: finish pending saves before restoring signal handlers
             closing.callback(hook.close)
+        closing.enter_context(clock.phase(phases.STEP))
         for step in range(start_step, num_steps):
             for hook in hooks:
                 hook.before_step(loop)
-            batch_step, batch = next(batches)
+            with clock.phase(phases.DATA):
+                batch_step, batch = next(batches)
             if batch_step != step:
                 raise AssertionError(f"expected the batch of step {step}, got that of step {batch_step}")
             if step == start_step:
-                train_step = _compile(train_step, loop, batch, hooks)
-            with jax.transfer_guard("disallow"):  # an array left on the host would be sent in every step
+                with clock.phase(phases.COMPILE):
+                    train_step = _compile(train_step, loop, batch, hooks)
+            # A CPU computes small steps before this returns. An array left on the host would be sent in every step.
+            with clock.phase(phases.DEVICE), jax.transfer_guard("disallow"):
                 loop.state, metrics = train_step(loop.state, batch)
             loop.step = step + 1
             for hook in hooks:
@@ -169,7 +191,13 @@ def _compile(train_step: TrainStep, loop: LoopState, batch: Batch, hooks: Sequen
 
 
 def make_hooks(
-    trainer: Trainer, run: RunDir, checkpointer: Checkpointer, start_step: int, metadata: dict, pending_eval: bool
+    trainer: Trainer,
+    run: RunDir,
+    checkpointer: Checkpointer,
+    start_step: int,
+    metadata: dict,
+    pending_eval: bool,
+    clock: TrainingClock,
 ) -> list[Hook]:
     """Returns the hooks of a run.
 
@@ -180,9 +208,9 @@ def make_hooks(
       start_step: steps done before.
       metadata: stored with the restored checkpoint; {} for a new run.
       pending_eval: the evaluation of the restored state was interrupted.
+      clock: clock of the run.
     """
     config = trainer.config
-    clock = hooks_lib.TrainingClock(metadata.get("seconds", 0.0))
     writer = MetricsWriter(run, start_step, tensorboard=config.report.tensorboard)
     checkpointer.before_save = writer.flush  # the metrics of a saved step are written before its checkpoint
     metrics_hook = hooks_lib.MetricsHook(
@@ -193,7 +221,7 @@ def make_hooks(
         count_per_step=trainer.task.count_per_step,
         count_name=trainer.task.count_name,
         flops=trainer.flops_per_step,
-        latest_checkpoint=checkpointer.latest_step,
+        latest_checkpoint=checkpointer.saved_step,
         max_skips=config.optimizer.skips if config.optimizer.non_finite == "skip" else 0,
         skipped=metadata.get("skipped", 0),
     )
@@ -223,9 +251,36 @@ def make_hooks(
     profile_window = configs.profile_window(config)
     if profile_window is not None and profile_window[0] < start_step:
         _print(f"  profile.steps={config.profile.steps} is in the past: no profile is recorded")
-    elif profile_window is not None:
+    elif profile_window is not None and jax.process_index() in _profiled_processes(config):
         hooks.append(hooks_lib.ProfilerHook(profile_window, run.path))
-    return [*hooks, metrics_hook]
+    hooks.append(metrics_hook)
+    if config.report.watchdog:
+        watchdog = Watchdog(
+            run,
+            clock,
+            seconds=config.report.watchdog,
+            save_timeout=save_timeout(local_bytes(trainer.abstract_state)),
+            saved_step=checkpointer.saved_step,
+            is_saving=checkpointer.is_saving,
+        )
+        hooks.append(hooks_lib.WatchdogHook(watchdog))
+    return hooks
+
+
+def _profiled_processes(config: Config) -> Sequence[int]:
+    return config.profile.processes or range(jax.process_count())
+
+
+def _check_profile(config: Config) -> None:
+    """Raises InputError if a process is to be profiled that the run does not have."""
+    if not config.profile.steps:
+        return
+    beyond = [process for process in config.profile.processes if process >= jax.process_count()]
+    if beyond:
+        raise InputError(
+            f"profile.processes names process {beyond[0]}, but this run has {jax.process_count()} (0 to "
+            f"{jax.process_count() - 1}): name some of these, or () for all"
+        )
 
 
 def make_trainer(config: Config, run: RunDir, saved: int | None) -> Trainer:
@@ -281,26 +336,36 @@ def _check_space(trainer: Trainer, run: RunDir, saved: int | None) -> None:
     check_space(run, checkpoint_bytes(trainer.abstract_state), count)
 
 
-def _write_run_files(trainer: Trainer, run: RunDir, *, new: bool) -> None:
-    """Writes config, data spec, fingerprints and assets into the folder, and quarantines damaged checkpoints."""
+def _write_run_files(trainer: Trainer, run: RunDir, saved: int | None) -> float:
+    """Writes config, data spec, fingerprints and assets into the folder, and quarantines damaged checkpoints.
+
+    Returns:
+      Unix time of the run's first start.
+    """
     processes.barrier()  # every process has read the folder
+    check_together(run, best_metric(trainer.config))
+    first_start = time.time()
     if processes.is_main_process():
-        if new:
+        anew = saved is None and not run.has_config(trainer.config)
+        if saved is None:
             clear_assets(run)
         for line in run.quarantine(best_metric(trainer.config)):
             _print(f"  {line}")
         stored = run.fingerprints
-        if not stored and not new:
+        if not stored and saved is not None:
             _print("  an older version stored no fingerprints of the data: from now on they must stay the same")
         prints = stored or trainer.task.available_fingerprints()
         run.write_files(trainer.config, trainer.task.data_spec, prints, trainer.task.save_assets)
+        first_start = run.record_start(saved or 0, jax.process_count(), anew=anew)
     processes.barrier()
     processes.check_shared(run.path / "config.json")
+    return first_start
 
 
 def _make_checkpointer(trainer: Trainer, run: RunDir) -> Checkpointer:
     config = trainer.config
-    if processes.is_main_process() and (warning := slow_save_warning(run, local_bytes(trainer.abstract_state))):
+    size = local_bytes(trainer.abstract_state)
+    if processes.is_main_process() and (warning := slow_save_warning(run, size)):
         _print(f"  {warning}")
     metric = best_metric(config)
     return Checkpointer(
@@ -308,6 +373,7 @@ def _make_checkpointer(trainer: Trainer, run: RunDir) -> Checkpointer:
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         best=BestCheckpointPolicy(run, metric) if metric else None,
+        size=size,
     )
 
 

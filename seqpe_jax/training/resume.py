@@ -5,6 +5,7 @@ import os
 import time
 
 from seqpe_jax import config
+from seqpe_jax.checksums import checksums_of
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import EOS_FILES
 from seqpe_jax.errors import InputError, check_utf8_name
@@ -66,23 +67,27 @@ def check_space(run: RunDir, size: int, count: int) -> None:
 def slow_save_warning(run: RunDir, size: int) -> str:
     """Returns a warning if a save takes longer than a preempted machine has left, else "".
 
+    A save writes and then reads back what it has written, for its checksums; in a bucket the store computes them.
+
     Args:
       run: the run's folder; its speed is measured by writing a file.
       size: bytes that this process saves.
     """
-    rate = write_rate(run.path, min(size, PROBE_BYTES))
-    seconds = size / rate
+    write_seconds, read_seconds = save_seconds(run.path, min(size, PROBE_BYTES))
+    seconds = (write_seconds + read_seconds) * max(1.0, size / PROBE_BYTES)
     if seconds <= PREEMPTION_SECONDS:
         return ""
+    share = read_seconds / (write_seconds + read_seconds)
+    checks = f", {share:.0%} of it to read it back for its checksums" if share >= 0.1 else ""
     return (
-        f"warning: a save takes about {seconds:,.0f} s ({size / 2**20:,.0f} MiB at {rate / 2**20:,.1f} MiB/s, as measured "
-        f"in {run}), and a machine that is taken away usually leaves {PREEMPTION_SECONDS:.0f}: what is done since the last "
-        "save may be lost then, so lower checkpoint.every or use a faster disk"
+        f"warning: a save takes about {seconds:,.0f} s ({size / 2**20:,.0f} MiB at {size / seconds / 2**20:,.1f} MiB/s, as "
+        f"measured in {run}{checks}), and a machine that is taken away usually leaves {PREEMPTION_SECONDS:.0f}: what is done "
+        "since the last save may be lost then, so lower checkpoint.every or use a faster disk"
     )
 
 
-def write_rate(folder: AnyPath, size: int) -> float:
-    """Returns the bytes per second at which a file of `size` bytes, removed again, is written to a folder."""
+def save_seconds(folder: AnyPath, size: int) -> tuple[float, float]:
+    """Returns the seconds to write a file of `size` bytes to a folder, removed again, and those to compute its checksum."""
     content, began = os.urandom(size), time.monotonic()
     path = folder / f".{os.getpid()}.probe"
     try:
@@ -93,7 +98,9 @@ def write_rate(folder: AnyPath, size: int) -> float:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        return size / max(time.monotonic() - began, 1e-9)
+        written = time.monotonic()
+        checksums_of(folder, [path.name])
+        return written - began, time.monotonic() - written
     finally:
         path.unlink(missing_ok=True)
 

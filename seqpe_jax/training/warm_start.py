@@ -14,7 +14,7 @@ from seqpe_jax.files import as_path
 from seqpe_jax.models import transformer
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks import Task
-from seqpe_jax.training.checkpoint import Checkpointer
+from seqpe_jax.training.checkpoint import Checkpointer, check_together
 
 # Fields that may differ from those of the checkpoint: parameters do not depend on them.
 FREE_ENCODING = {
@@ -64,6 +64,7 @@ def load_params(config: Config, mesh: jax.sharding.Mesh, abstract_params: Any) -
       InputError: the checkpoint is missing, damaged or of other sizes.
     """
     checkpointer = Checkpointer(config.init_from, create=False)
+    check_together(checkpointer.run)
     model, source_scans = config.model, checkpointer.run.config.model.scan
     if source_scans == model.scan:
         params, _ = checkpointer.restore_params(abstract_params)

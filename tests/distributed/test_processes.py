@@ -118,7 +118,10 @@ class Left(BaseException):
 
 @pytest.fixture
 def gather(monkeypatch):
-    """Returns a function that runs a coordinator and workers as threads: -> (the coordinator's error or None, exit codes)."""
+    """Returns a function that runs a coordinator and workers as threads: -> (the coordinator's error or None, exit codes).
+
+    `work` is what each does after the start: (its end of the connections, its number) -> any.
+    """
     monkeypatch.undo()
     port = 20000 + (hash(time.monotonic_ns()) % 10000)
     left = {}
@@ -132,11 +135,11 @@ def gather(monkeypatch):
     monkeypatch.setattr(roll_call, "MISMATCH_SECONDS", 1.0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
-    def call(count, members, seconds=1.0, own=None, data=None):
+    def call(count, members, seconds=1.0, own=None, work=None):
         def member(process, facts):
             joined = roll_call.Worker(("localhost", port), process, facts, 20.0)
-            if data:
-                joined.barrier(facts=data[process])
+            if work:
+                work(joined, process)
             left[threading.current_thread().name] = "stayed"
 
         threads = [
@@ -148,15 +151,15 @@ def gather(monkeypatch):
             thread.start()
         try:
             coordinator.gather(own or {"steps": "6"}, seconds)
-            if data:
-                coordinator.barrier(facts=data[0])
+            if work:
+                work(coordinator, 0)
             error = None
         except (InputError, Failure) as found:
             error = found
             with pytest.raises(Left):
                 coordinator.abort(2, "")
         for thread in threads:
-            thread.join(3 if error and data else 30)  # where a process would end, a thread that waits stays
+            thread.join(3 if error and work else 30)  # where a process would end, a thread that waits stays
         return error, left
 
     return call
@@ -171,13 +174,63 @@ def test_hosts_whose_data_differ_are_named_with_both_values_before_the_first_ste
     here, same = socket.gethostname(), [(1, {"steps": "6"}), (2, {"steps": "6"})]
     data = dict.fromkeys(range(2), {"seed": "0", "train split of text_files": "62,003 tokens (fingerprint 0a1b)"})
     data |= {2: {"seed": "0", "train split of text_files": "37,799 tokens (fingerprint 2c3d)"}}
-    error, left = gather(3, same, seconds=30.0, data=data)
+    error, left = gather(3, same, seconds=30.0, work=lambda end, process: end.barrier(facts=data[process]))
     assert isinstance(error, InputError) and "\n" not in str(error)
     assert (
         f"differ in train split of text_files: 62,003 tokens (fingerprint 0a1b) (process 0-1 on {here}), 37,799 tokens "
         f"(fingerprint 2c3d) (process 2 on {here}). Give every host the same files"
     ) in str(error)
     assert 2 in left.values() and "stayed" not in left.values()
+
+
+def test_threads_exchange_values_at_the_same_time_and_a_barrier_meets_again(gather):
+    """As a save in the background does while the main thread waits for something else."""
+    results = {}
+
+    def work(end, process):
+        def save():
+            for _ in range(3):  # one key, again and again
+                results[process] = end.exchange(
+                    "save", {"file": process}, lambda values: [one["file"] for one in values]
+                )
+
+        saving = threading.Thread(target=save)
+        saving.start()
+        for _ in range(3):
+            end.barrier()
+        assert end.exchange("main", process, max) == 2
+        saving.join()
+        end.barrier(last=True)
+
+    error, left = gather(3, [(1, {"steps": "6"}), (2, {"steps": "6"})], seconds=30.0, work=work)
+    assert error is None and left == {"1.0": "stayed", "2.1": "stayed"}
+    assert results == dict.fromkeys(range(3), [0, 1, 2])
+
+
+def test_the_main_process_learns_what_the_others_do_and_who_does_not_answer(gather, monkeypatch):
+    monkeypatch.setattr(roll_call, "ANSWER_SECONDS", 1.0)
+    asked, reported, shared = {}, [], {}
+
+    def work(end, process):
+        if process == 0:
+            end.end_run = lambda status: (reported.append(status), asked.update(end.ask_all()))
+        else:
+            end.share_status({"host_seconds": process})
+            end.answer = (lambda: {"phase": "data"}) if process == 1 else lambda: time.sleep(60)
+        end.barrier()
+        if process == 1:
+            threading.Thread(target=end.report_stall, args=({"step": 7},), daemon=True).start()
+        if process == 0:
+            shared.update(end.share_status({"host_seconds": 0}))
+            while not asked:
+                time.sleep(0.01)
+            assert set(end.hosts.values()) == {socket.gethostname()} and set(end.hosts) == {0, 1, 2}
+        end.barrier(last=True)
+
+    error, _ = gather(3, [(1, {"steps": "6"}), (2, {"steps": "6"})], seconds=30.0, work=work)
+    assert error is None and reported == [{"step": 7}]
+    assert asked == {1: {"phase": "data"}, 2: None}
+    assert {process: status["host_seconds"] for process, status in shared.items()} == {0: 0, 1: 1, 2: 2}
 
 
 def test_who_did_not_come_is_named_and_the_others_end(gather):

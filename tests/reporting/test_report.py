@@ -26,6 +26,8 @@ def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=
                 "train/term/task": 5.0 - n,
                 "train/tokens_per_second": 100.0 * n,
                 "train/step_seconds": 0.01 * n,
+                "train/data_seconds": 0.002 * n,
+                "train/goodput": 0.2 * n,
             }
             for n in range(1, 5)
         ]
@@ -217,7 +219,10 @@ def test_rows_of_a_sweep_have_the_names_of_their_runs_without_the_seed(tmp_path)
         "on-1": "on",
         "baseline": "alibi",
     }
-    assert tables.training_cost(study).header[0] == "run"
+    cost = tables.training_cost(study)
+    alone = dict(zip(cost.header, (cell.text for cell in cost.rows[0]), strict=True))
+    assert alone["run"] == "full" and alone["step (ms)"] == "25.0"
+    assert alone["wait for data (ms)"] == "5.0" and alone["goodput"] == "80%", "a mean, and the last one"
 
 
 def test_unfinished_and_stale_results_are_noted(tmp_path):

@@ -1,8 +1,10 @@
 """Saving, restoring onto another mesh, retention, checksums, quarantine."""
 
+import concurrent.futures
 import contextlib
 import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax import checksums
-from seqpe_jax.checksums import DIGESTS_FILE, ORBAX_METADATA
+from seqpe_jax.checksums import DIGESTS_FILE, ORBAX_METADATA, files_error
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.run_dir import META_FILE, RunDir
@@ -148,6 +150,7 @@ DAMAGE = {
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_is_used(saved, how):
     DAMAGE[how](saved / "checkpoints" / "6")
+    assert {run.latest_valid_step()[0] for run in Together(2).check(saved)} == {4}
     before = {path.read_bytes() for path in files_of(saved)}
     mesh = layout.make_mesh(8, 1)
     checkpoints = Checkpointer(saved, create=False)
@@ -196,6 +199,71 @@ def test_every_flipped_byte_is_found(saved):
                 assert RunDir(saved).latest_step() == 4, path
             flip(path, place)
     assert RunDir(saved).latest_step() == 6
+
+
+class Together:
+    """Processes of a run as threads, which exchange values.
+
+    Args:
+      count: number of processes.
+    """
+
+    def __init__(self, count):
+        self.count, self.barrier = count, threading.Barrier(count, timeout=60)
+        self.values, self.result = [None] * count, None
+
+    def exchange_of(self, process):
+        def exchange(key, value, reduce):
+            self.values[process] = (key, json.loads(json.dumps(value)))
+            self.barrier.wait()
+            if process == 0:
+                assert {key for key, _ in self.values} == {key}
+                self.result = reduce([value for _, value in self.values])
+            self.barrier.wait()
+            result = self.result
+            self.barrier.wait()
+            return result
+
+        return exchange
+
+    def check(self, folder, metric="", every=False):
+        """Returns the object of the run's folder of each process, which have checked the checkpoints together."""
+        runs = [RunDir(folder) for _ in range(self.count)]
+        with concurrent.futures.ThreadPoolExecutor(self.count) as pool:
+            list(
+                pool.map(
+                    lambda n: runs[n].check_shared(self.exchange_of(n), n, self.count, metric, every), range(self.count)
+                )
+            )
+        return runs
+
+
+def test_each_process_reads_its_part_of_a_checkpoint(saved, monkeypatch):
+    """All know the result afterwards, and read nothing again."""
+    reads, checksum = [], checksums._checksum
+    monkeypatch.setattr(checksums, "HASH_THREADS", 1)
+    monkeypatch.setattr(checksums, "_checksum", lambda path, scheme: reads.append(path) or checksum(path, scheme))
+    parts = []
+    monkeypatch.setattr(
+        "seqpe_jax.run_dir.files_error", lambda path, files: parts.append(files) or files_error(path, files)
+    )
+    runs = Together(3).check(saved)
+    listed = {
+        str(saved / "checkpoints" / step / file)
+        for step in ("4", "6")
+        for file in checksums.read_checksums(saved / "checkpoints" / step)
+    }
+    newest = {path for path in listed if "/checkpoints/6/" in path}
+    assert sorted(map(str, reads)) == sorted(newest)
+    sizes = [sum((saved / "checkpoints" / "6" / file).stat().st_size for file in part) for part in parts]
+    assert len(sizes) == 3 and max(sizes) - min(sizes) <= largest(saved / "checkpoints" / "6").stat().st_size
+    assert min(sizes) > 0
+    assert [run.latest_step() for run in runs] == [6, 6, 6] and len(reads) == len(newest)
+    flip(largest(saved / "checkpoints" / "6"), 10)
+    assert [run.latest_valid_step()[0] for run in Together(2).check(saved)] == [4, 4]
+    reads.clear()
+    Together(2).check(saved, every=True)
+    assert sorted(map(str, reads)) == sorted(listed), "all checkpoints, of which the best is chosen"
 
 
 def test_a_byte_that_flips_after_it_was_looked_at_is_found(saved):

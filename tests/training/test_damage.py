@@ -18,7 +18,7 @@ from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.trees import flatten_dict
 from tests.tiny import older, tiny_config, train
-from tests.training.test_checkpoint import files_of, flip, largest
+from tests.training.test_checkpoint import Together, files_of, flip, largest
 from tests.training.test_commands import word_tokenizer
 from tests.training.test_resume import CLOCK
 
@@ -219,6 +219,7 @@ def test_damage_is_found_by_who_reads_and_by_who_trains(settings, trained, tmp_p
         content = contents(run)
         if isinstance(read, int):
             assert RunDir(run).require_latest_step() == read, what
+            assert [one.require_latest_step() for one in Together(2).check(run, "eval/loss@16")] == [read, read], what
         else:
             in_one_line(read, lambda run=run: seqpe_jax.load(run))
         assert contents(run) == content, f"{what}: reading changes nothing"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 
 import jax
@@ -11,11 +12,13 @@ import numpy as np
 import optax
 import pytest
 
-from seqpe_jax.distributed import hardware
-from seqpe_jax.training import hooks, loop
+from seqpe_jax.distributed import hardware, processes
+from seqpe_jax.run_dir import RunDir
+from seqpe_jax.training import hooks, loop, watchdog
 from seqpe_jax.training.checkpoint import SaveError
 from seqpe_jax.training.metrics_writer import MetricsWriter
 from seqpe_jax.training.step import TrainState, make_train_step
+from seqpe_jax.training.watchdog import Watchdog, describe_stall
 
 
 class FakeCheckpointer:
@@ -27,11 +30,11 @@ class FakeCheckpointer:
         self.pending = None
         self.saved, self.log = {}, []
 
-    def latest_step(self):
+    def saved_step(self):
         return max(self.saved, default=None)
 
     def save(self, step, state, metadata):
-        if step == self.latest_step():
+        if step == self.saved_step():
             return
         self.calls += 1
         self.log.append("save")
@@ -74,6 +77,8 @@ class Run:
       pending_eval: the evaluation of the initial state was interrupted.
       profile: window of the profiler.
       max_failures: failed saves in a row that end the run.
+      clock: of the run.
+      watchdog: seconds without progress that end the run; 0 = no watchdog.
       options: of the metrics hook.
     """
 
@@ -92,15 +97,18 @@ class Run:
         pending_eval=False,
         profile=None,
         max_failures=1,
+        clock=None,
+        watchdog=0.0,
         **options,
     ):
         folder.mkdir(exist_ok=True)
         self.folder, self.num_steps, self.step, self.start = folder, num_steps, step, start
         self.state = state or TrainState(jnp.int32(start), None, {}, ())
         self.checkpointer = checkpointer or FakeCheckpointer()
-        clock, writer = hooks.TrainingClock(), MetricsWriter(folder, start, tensorboard=False)
+        self.clock = clock = clock or hooks.TrainingClock()
+        writer = MetricsWriter(folder, start, tensorboard=False)
         options = {"every": 1, "num_steps": num_steps, "count_per_step": 10, "count_name": "tokens"} | options
-        metrics = hooks.MetricsHook(writer, clock, latest_checkpoint=self.checkpointer.latest_step, **options)
+        metrics = hooks.MetricsHook(writer, clock, latest_checkpoint=self.checkpointer.saved_step, **options)
         save = hooks.CheckpointHook(self.checkpointer, {}, clock, metrics, every=save_every, max_failures=max_failures)
         stop = hooks.PreemptionHook(save)
         self.hooks = [save, stop, metrics]
@@ -109,10 +117,15 @@ class Run:
             self.hooks.insert(0, hooks.EvaluationHook(evaluate, writer, clock, metrics, stop, **options))
         if profile:
             self.hooks.insert(-1, hooks.ProfilerHook(profile, folder))
+        if watchdog:
+            watch = Watchdog(RunDir(folder), clock, seconds=watchdog, saved_step=self.checkpointer.saved_step)
+            self.hooks.append(hooks.WatchdogHook(watch))
 
     def __call__(self, batches=None):
         batches = batches or ((step, {}) for step in range(self.start, self.num_steps))
-        return loop.run_steps(self.state, self.step, batches, num_steps=self.num_steps, hooks=self.hooks)
+        return loop.run_steps(
+            self.state, self.step, batches, num_steps=self.num_steps, hooks=self.hooks, clock=self.clock
+        )
 
     @property
     def lines(self):
@@ -206,9 +219,147 @@ def test_mfu_and_memory_of_a_known_chip(tmp_path, monkeypatch):
 def test_the_clock_excludes_pauses():
     clock = hooks.TrainingClock(100.0)
     before = clock.step_seconds()
-    with clock.pause():
+    with clock.pause("save"):
         time.sleep(0.2)
     assert clock.step_seconds() - before < 0.1 and 100.2 <= clock.seconds() < 101
+
+
+class Hour:
+    """A clock that the test sets, in place of the module `time`, and a device that takes 3 seconds for a step."""
+
+    def __init__(self):
+        self.now = self.ready = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    time = monotonic
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def dispatch(self, state, batch):
+        self.ready = max(self.ready, self.now) + 3.0
+        return count_step(state, batch)[0], {"loss": Later(self, self.ready)}
+
+
+class Later:
+    """A number that is there at a time."""
+
+    def __init__(self, hour, ready):
+        self.hour, self.ready = hour, ready
+
+    def __array__(self):
+        self.hour.now = max(self.hour.now, self.ready)
+        return np.float32(1)
+
+
+def test_where_the_time_went(tmp_path, monkeypatch):
+    """Waiting for data, saves and evaluations; what is productive, of all time since the run's first start."""
+    hour, checkpointer = Hour(), FakeCheckpointer()
+    checkpointer.wait = lambda: hour.sleep(4.0)
+    monkeypatch.setattr("seqpe_jax.training.clock.time", hour)
+    monkeypatch.setattr(loop, "_compile", lambda *_: hour.sleep(30.0) or hour.dispatch)
+
+    def batches():
+        for step in range(8, 16):
+            hour.sleep(0.5)
+            yield step, {}
+
+    clock = hooks.TrainingClock(60.0, productive=50.0, first_start=hour.now - 100.0)
+    run = Run(
+        tmp_path,
+        start=8,
+        num_steps=16,
+        every=4,
+        save_every=14,
+        eval_every=100,
+        checkpointer=checkpointer,
+        clock=clock,
+        evaluate=lambda *_: hour.sleep(10.0) or {"eval/loss": 1.0},
+    )
+    run(batches())
+    first, last = [line for line in run.lines if "train/loss" in line]
+    # The first step has compiled and does not count; of the others one batch is fetched while the device works.
+    assert first["train/step_seconds"] == pytest.approx(3.0) and first["train/data_seconds"] == pytest.approx(0.5)
+    assert first["train/save_seconds"] == 0.0 and last["train/save_seconds"] == 4.0
+    assert last["train/step_seconds"] == pytest.approx(3.0, abs=0.25), "a save is no part of a step"
+    assert last["train/data_seconds"] == pytest.approx(0.5, abs=0.125)
+    assert clock.productive == pytest.approx(50.0 + 7 * 3.0, abs=1.0) and clock.median_step == pytest.approx(3.0)
+    assert last["train/goodput"] == pytest.approx(clock.productive / (last["time"] - 60.0 + 100.0), abs=0.01)
+
+
+def test_the_slowest_host_is_named(tmp_path, monkeypatch, capsys):
+    """That whose step has the most time in which it does not wait for the devices."""
+    sent = []
+
+    def share(status):
+        sent.append(status)
+        return {0: status, 1: {"host_seconds": 7.0}, 2: {"host_seconds": 0.5}}
+
+    monkeypatch.setattr(processes, "share_status", share)
+    monkeypatch.setattr(processes, "hosts", lambda: {0: "a", 1: "b", 2: "c"})
+    run = Run(tmp_path, num_steps=3)
+    run((step, time.sleep(0.1) or {}) for step in range(3))
+    assert "slowest host b (process 1): 7 s a step" in capsys.readouterr().err
+    assert 0.1 <= max(status["host_seconds"] for status in sent) < 0.5, "it waits for data, and hardly for the device"
+    line = run.lines[-1]
+    names = ("slowest_process", "slowest_seconds", "median_seconds")
+    assert [line[f"hosts/{name}"] for name in names] == [1, 7.0, 0.5]
+
+
+def test_a_run_without_progress_ends_with_its_stacks(tmp_path, monkeypatch, capsys):
+    """Exit code 75: the state of the last save is safe, and a scheduler starts the command again."""
+    ended, woken = [], threading.Event()
+
+    def exit_process(code):
+        ended.append(code)
+        woken.set()
+        raise SystemExit  # of the watchdog's thread alone
+
+    def a_loader_that_sleeps():
+        for step in range(6):
+            if step == 4:
+                woken.wait(60)
+            yield step, {}
+
+    monkeypatch.setattr(processes.roll_call, "exit_process", exit_process)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    run = Run(tmp_path, watchdog=1.0, save_every=2)
+    run(a_loader_that_sleeps())
+    assert ended == [75]
+    said = capsys.readouterr().err
+    assert "after step 4" in said and "this process waits for a batch of data since 1 s" in said, said
+    assert "the same command resumes from step 2" in said, "the save of step 4 is not known to be done"
+    stacks = (tmp_path / "stacks" / "process_0.txt").read_text()
+    assert "a_loader_that_sleeps" in stacks and "run_steps" in stacks
+
+
+def test_the_watchdog_waits_ten_steps_and_longer_for_what_takes_long(tmp_path):
+    clock = hooks.TrainingClock()
+    watch = Watchdog(RunDir(tmp_path), clock, seconds=300.0, save_timeout=9000.0)
+    watch.stop()
+    assert watch.limit("device") == watchdog.LONG_SECONDS, "the first step compiles"
+    for seconds in (1.0, 2.0, 50.0):
+        clock.finish_step(seconds)
+    assert watch.limit("device") == watch.limit("data") == watch.limit("step") == 300.0
+    for _ in range(9):
+        clock.finish_step(50.0)
+    assert watch.limit("data") == 500.0
+    assert watch.limit("evaluation") == watch.limit("compile") == watchdog.LONG_SECONDS
+    assert watch.limit("save") == 9000.0
+
+
+def test_who_holds_up_a_run_is_named():
+    hosts = {process: f"host{process // 4}" for process in range(64)}
+    waiting = {process: {"phase": "device", "seconds": 31.0, "step": 7} for process in range(64)}
+    assert describe_stall(waiting | {5: {"phase": "data", "seconds": 32.0, "step": 6}}, hosts) == (
+        "process 5 (on host1) waits for a batch of data since 32 s; 63 other(s) wait for the devices"
+    )
+    assert describe_stall(waiting | {9: None}, hosts).startswith("process 9 (on host2) does not answer")
+    late = waiting | {5: {"phase": "device", "seconds": 30.0, "step": 6}}
+    assert describe_stall(late, hosts).startswith("process 5 (on host1) waits for the devices since 30 s; 63 other")
+    assert describe_stall(waiting, hosts).endswith("process 4 (on host1) and 59 more waits for the devices since 31 s")
 
 
 def test_a_profile_of_a_window_of_steps(tmp_path):

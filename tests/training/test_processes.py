@@ -8,11 +8,13 @@ import shutil
 import signal
 import socket
 import time
+from collections import Counter
 
 import pytest
 
 from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.data.tokens import token_source
+from seqpe_jax.training.checkpoint import TMP_SUFFIX
 from tests.commands import Commands, Result, Running, train_arguments
 
 pytestmark = pytest.mark.slow
@@ -119,12 +121,15 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
         "eval__lengths": (32,),
         "encoding__layers": 1,
         "objective__shift__rate": 0.5,
+        "mesh__fsdp": 4,  # so that both processes write arrays
     }
     two, one, resumed = tmp_path / "two", tmp_path / "one", tmp_path / "resumed"
     options = ["--config=tests/tiny_text.py", f"--config.data.paths={text}", "--shard-bytes=5000", "--processes=1"]
     made = commands("prepare", *options, f"--output={tmp_path / 'tokens'}")
     assert made.code == 0 and f"train with --config.data.prepared={tmp_path / 'tokens'}" in made.out, made.err
-    results = finish(commands, begin(two, 2, 4, data__prepared=tmp_path / "tokens", **fields))
+    log = {process: {"READS": str(tmp_path / "reads")} for process in range(2)}
+    prepared = {"data__prepared": tmp_path / "tokens"}
+    results = finish(commands, begin(two, 2, 4, variables=log, **prepared, **fields))
     assert [result.code for result in results] == [0, 0], results
     assert "2 process(es), 8 device(s)" in results[0].out and "batch 8: 2 x 4 devices, 1 each" in results[0].out
     assert "workdir" not in results[1].out and "step 4/4" not in results[1].err, "only the main process prints"
@@ -134,12 +139,64 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
     assert alone.code == 0 and "batch 8: 1 x 8 devices, 1 each" in alone.out, alone.err
     close(lines(two), lines(one))
     assert any("eval/loss@32" in line for line in lines(two))
+    assert len((two / "starts.jsonl").read_text().splitlines()) == 1
+    check_reads(tmp_path / "reads", [two / "checkpoints" / step for step in ("2", "4")], "the writing of both")
+
+    (tmp_path / "reads").unlink()
+    again = finish(commands, begin(two, 2, 4, variables=log, **prepared, **fields))
+    assert [result.code for result in again] == [0, 0] and "nothing to do: step 4 is saved" in again[0].out, again
+    check_reads(tmp_path / "reads", [two / "checkpoints" / "4"], "the check before a start")
 
     shutil.copytree(two, resumed)
     shutil.rmtree(resumed / "checkpoints" / "4")
     [alone] = finish(commands, begin(resumed, 1, 8, **fields))
     assert alone.code == 0 and "resuming at step 2" in alone.out, alone.err
     close(lines(resumed), lines(one))
+
+
+def check_reads(log: pathlib.Path, steps: list[pathlib.Path], when: str) -> None:
+    """Checks that each file of the checkpoints was read once for its checksum, and by both processes some."""
+    reads = [json.loads(line.replace(TMP_SUFFIX, "")) for line in log.read_text().splitlines()]
+    for step in steps:
+        listed = json.loads((step / "digests.json").read_text())["files"]
+        of_step = [one for one in reads if one["file"].startswith(f"{step}/")]
+        assert sorted(one["file"] for one in of_step) == sorted(f"{step}/{file}" for file in listed), when
+        process, _ = zip(*Counter(one["process"] for one in of_step).items(), strict=True)
+        shares = [sum(one["bytes"] for one in of_step if one["process"] == number) for number in process]
+        assert len(shares) == 2 and min(shares) > 0.2 * sum(shares), (when, shares)
+
+
+def test_a_stopped_process_and_a_sleeping_loader_are_named_in_time(commands, begin, tmp_path):
+    workdir = tmp_path / "run"
+    fields = CHEAP | {"checkpoint__every": 64, "steps": 10**5, "report__watchdog": 5.0}
+    running = begin(workdir, 2, 1, **fields)
+    deadline = time.monotonic() + 900
+    while not newest(workdir) or lines(workdir)[-1]["step"] < newest(workdir) + 16:
+        assert time.monotonic() < deadline, [one.err for one in running]
+        time.sleep(0.01)
+    os.kill(running[1].process, signal.SIGSTOP)
+    began, main = time.monotonic(), commands.wait(running[0])
+    assert main.code == 75 and time.monotonic() - began < 60, main.err
+    host, stopped_at = socket.gethostname(), newest(workdir)
+    [line] = [line for line in main.err.splitlines() if line.startswith("no progress for")]
+    assert f"process 1 (on {host}) does not answer: stopped, or its machine" in line
+    assert line.endswith(f"the same command resumes from step {stopped_at}")
+    assert "run_steps" in (workdir / "stacks" / "process_0.txt").read_text()
+    os.kill(running[1].process, signal.SIGCONT)
+    assert commands.wait(running[1]).code in (75, 1, -signal.SIGABRT)
+
+    results = finish(commands, begin(workdir, 2, 1, variables={1: {"SLEEPS": "40"}}, **fields))
+    assert [result.code for result in results] == [75, 75], results
+    slow = lines(workdir)[-1]
+    assert (
+        slow["hosts/slowest_process"] == 1 and slow["hosts/slowest_seconds"] > 0.02 > slow["hosts/median_seconds"] / 2
+    )
+    [line] = [line for line in results[0].err.splitlines() if line.startswith("no progress for")]
+    assert (
+        f"process 1 (on {host}) waits for a batch of data since" in line and "1 other(s) wait for the devices" in line
+    )
+    assert "sleeping" in (workdir / "stacks" / "process_1.txt").read_text()
+    assert len((workdir / "starts.jsonl").read_text().splitlines()) == 2 and 0 < lines(workdir)[-1]["train/goodput"] < 1
 
 
 def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, begin, tmp_path):

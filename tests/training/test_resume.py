@@ -22,7 +22,13 @@ CLOCK = (
     "time",
     "train/tokens_per_second",
     "train/step_seconds",
+    "train/data_seconds",
+    "train/save_seconds",
+    "train/goodput",
     "train/mfu",
+    "hosts/slowest_process",
+    "hosts/slowest_seconds",
+    "hosts/median_seconds",
     "device/memory_bytes",
 )  # these may differ
 FIELDS = {

@@ -14,6 +14,7 @@ from seqpe_jax.run_dir import RunDir
 from tests.commands import Commands, Result, train_arguments
 from tests.emulator import Store
 from tests.training.test_processes import _free_port, hosts
+from tests.training.test_resume import CLOCK
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +27,6 @@ FIELDS = {
     "model__dropout": 0.1,
     "report__tensorboard": True,
 }
-CLOCK = (
-    "time",
-    "train/tokens_per_second",
-    "train/step_seconds",
-    "train/mfu",
-    "device/memory_bytes",
-)  # these may differ
 
 
 @pytest.fixture(scope="module")

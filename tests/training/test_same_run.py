@@ -90,18 +90,19 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
 
 
 def test_a_save_that_takes_too_long_for_a_preemption_is_reported_at_the_start(tmp_path, monkeypatch, capsys):
-    assert 0 < resume.write_rate(tmp_path, 2**20) < 1e12 and not any(tmp_path.iterdir())
+    assert all(0 < seconds < 60 for seconds in resume.save_seconds(tmp_path, 2**20)) and not any(tmp_path.iterdir())
     assert resume.slow_save_warning(RunDir(tmp_path), 2**20) == ""
     asked = []
-    monkeypatch.setattr(resume, "write_rate", lambda folder, size: asked.append(size) or 2**20)
-    assert resume.slow_save_warning(RunDir(tmp_path), 30 * 2**20) == ""
-    reported = resume.slow_save_warning(RunDir(tmp_path), 300 * 2**20)
-    assert (
-        reported.startswith("warning: a save takes about 300 s (300 MiB at 1.0 MiB/s, as measured in")
-        and "\n" not in reported
+    monkeypatch.setattr(
+        resume, "save_seconds", lambda folder, size: asked.append(size) or (0.75 * size / 2**20, 0.25 * size / 2**20)
     )
+    assert resume.slow_save_warning(RunDir(tmp_path), 30 * 2**20) == ""
+    reported = resume.slow_save_warning(RunDir(tmp_path), 320 * 2**20)
+    assert reported.startswith("warning: a save takes about 320 s (320 MiB at 1.0 MiB/s, as measured in")
+    assert "run, 25% of it to read it back for its checksums" in reported.replace(str(tmp_path), "run")
+    assert "\n" not in reported
     assert asked == [30 * 2**20, resume.PROBE_BYTES], "no more is written than is saved, and not more than needed"
-    monkeypatch.setattr(resume, "write_rate", lambda folder, size: 1000)
+    monkeypatch.setattr(resume, "save_seconds", lambda folder, size: (size / 1000, 0.0))
     train(tiny_config(variant="none", steps=1, eval__every=0), tmp_path / "run")
     assert "warning: a save takes about" in capsys.readouterr().out
 
