@@ -288,8 +288,8 @@ def in_one_line(words, call):
 
 
 def contents(run):
-    """The contents of a run's files, without the metrics, which are rewritten when it resumes."""
-    return {path.read_bytes() for path in files_of(run) if path.name != "metrics.jsonl"}
+    """The contents of a run's files, without the metrics and the starts, which are rewritten when it resumes."""
+    return {path.read_bytes() for path in files_of(run) if path.name not in ("metrics.jsonl", "starts.jsonl")}
 
 
 def measured(run):
