@@ -13,7 +13,7 @@ device mesh; it is set while a function is traced (`use_sharding`). Without one,
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 BATCH = "batch"
@@ -24,8 +24,17 @@ WIDTH = "width"
 HEADS = "heads"
 MLP = "mlp"
 VOCABULARY = "vocabulary"
+RESIDUAL_LENGTH = "residual_length"  # of the states between the parts of a block, where no head or hidden unit is split
+OUTER_BATCH = "outer_batch"  # samples of all devices that share the stored parameters
+OUTER_TOKENS = "outer_tokens"  # the same of tokens
+PARAM_SHARDS = "param_shards"  # WIDTH of parameters as stored
+VOCABULARY_SHARDS = "vocabulary_shards"  # over as many devices as share the stored parameters
 
 _CURRENT: contextvars.ContextVar[Any] = contextvars.ContextVar("sharding", default=None)  # a MeshSharding, or None
+# Logical name -> mesh axes, inside `shard_map`; None outside.
+_MESH_AXES: contextvars.ContextVar[Mapping[str, tuple[str, ...]] | None] = contextvars.ContextVar(
+    "mesh_axes", default=None
+)
 
 
 @contextlib.contextmanager
@@ -78,19 +87,72 @@ def device() -> Any:
 
 
 def shard_map(
-    function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[tuple[str | None, ...]], multiple: int = 1
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    names: Sequence[tuple[str | None, ...]],
+    multiple: int = 1,
+    results: Sequence[tuple[str | None, ...]] | None = None,
 ) -> Any:
     """Returns function(*arguments), computed by each device on its shards; inside, constraints have no effect.
 
     Args:
-      function: a function of arrays and None.
+      function: a function of arrays and None; it may call the collectives below.
       arguments: arrays and None; the first has all dimensions of the result that are sharded.
       names: logical names of the dimensions of each argument, None = replicated. A dimension that its mesh axes do not
         divide is replicated too; LENGTH is padded instead.
       multiple: LENGTH is padded such that each shard is a multiple of it.
+      results: logical names of the dimensions of each array of a tuple that the function returns; then all sharded
+        dimensions must divide evenly. None = one array, with the names of the first argument.
     """
     sharding = _CURRENT.get()
-    return function(*arguments) if sharding is None else sharding.shard_map(function, arguments, names, multiple)
+    return (
+        function(*arguments) if sharding is None else sharding.shard_map(function, arguments, names, multiple, results)
+    )
+
+
+@contextlib.contextmanager
+def use_mesh_axes(mesh_axes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+    """Sets the mesh axes of the collectives below, by logical name, for what is traced in the block."""
+    token = _MESH_AXES.set(mesh_axes)
+    try:
+        yield
+    finally:
+        _MESH_AXES.reset(token)
+
+
+def psum(array: Any, name: str) -> Any:
+    """Returns the sum over the shards of a logical name, inside `shard_map`; elsewhere the array itself."""
+    return _collective("psum", array, name)
+
+
+def pmax(array: Any, name: str) -> Any:
+    """Returns the maximum over the shards of a logical name, inside `shard_map`; elsewhere the array itself."""
+    return _collective("pmax", array, name)
+
+
+def all_gather(array: Any, name: str, dimension: int = 0) -> Any:
+    """Returns all shards of a logical name, concatenated along a dimension; outside of `shard_map` the array itself."""
+    return _collective("all_gather", array, name, axis=dimension, tiled=True)
+
+
+def psum_scatter(array: Any, name: str) -> Any:
+    """Returns this shard's part, along the first dimension, of the sum over the shards; outside of `shard_map` the array."""
+    return _collective("psum_scatter", array, name, tiled=True)
+
+
+def shard_index(name: str) -> Any:
+    """Returns the index of this shard of a logical name, inside `shard_map`; elsewhere 0."""
+    return _collective("axis_index", None, name)
+
+
+def _collective(primitive: str, array: Any, name: str, **options: Any) -> Any:
+    """The result of a collective of `jax.lax` over the mesh axes of a logical name."""
+    from jax import lax
+
+    mesh_axes = (_MESH_AXES.get() or {}).get(name)
+    if primitive == "axis_index":
+        return lax.axis_index(mesh_axes) if mesh_axes else 0
+    return getattr(lax, primitive)(array, mesh_axes, **options) if mesh_axes else array
 
 
 def size_label(eval_size: Sequence[int]) -> str:

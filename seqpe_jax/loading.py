@@ -7,14 +7,18 @@ import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import numpy as np
 
 from seqpe_jax import config
 from seqpe_jax.checksums import checksum_error
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.distributed import sharding
+from seqpe_jax.distributed.hardware import find_chip
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.inference.export import read_params
@@ -32,28 +36,39 @@ EXPECTED = (
 )
 
 
-def load(path: str | os.PathLike, which: str = "latest") -> Model:
+def load(path: str | os.PathLike, which: str = "latest", mesh: Mapping[str, Any] | None = None) -> Model:
     """Returns the model of a folder or file, with its parameters; opens no data set.
+
+        model = seqpe_jax.load("runs/large", mesh={"fsdp": 8})
 
     Args:
       path: a workdir of `train`, an output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or
         a directory of a Hugging Face GPT-2.
       which: checkpoint of a run, "latest" or "best" (`open_model`).
+      mesh: fields of the config's mesh section (`open_model`).
 
     Raises:
-      InputError: none of these, no checkpoint yet, a file missing, damaged or refused, or a field of a newer version.
+      InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version, or a mesh
+        that does not fit the devices or the model.
     """
     if not as_path(path).exists():
         raise InputError(f"{path} does not exist: {EXPECTED}")
     run = RunDir(path)
-    model = open_model(run, which) if run.is_model() else _model_of_foreign(torch_reference.read(str(path)))
+    model = open_model(run, which, mesh) if run.is_model() else _model_of_foreign(str(path), mesh)
     _ = model.params
     return model
 
 
-def _model_of_foreign(source: torch_reference.ForeignCheckpoint) -> Model:
+def _model_of_foreign(path: str, mesh_values: Mapping[str, Any] | None) -> Model:
     """The model of another program's checkpoint, with the tokenizer of its folder."""
+    source = torch_reference.read(path)
     model = torch_model.from_checkpoint(source)
+    settings, mesh = _mesh_of(model.config, mesh_values)
+    targets = _params_on_mesh(model.model_spec, mesh)
+    stored = model.load_params
+    model = dataclasses.replace(
+        model, config=settings, mesh=mesh, load_params=lambda: jax.tree.map(_put, stored(), targets)
+    )
     if not source.tokenizer_files:
         return model
     data = dataclasses.replace(model.config.data, tokenizer=str(source.tokenizer_files[0].parent))
@@ -65,26 +80,31 @@ def is_run_or_export(path: str | os.PathLike) -> bool:
     return RunDir(path).is_model()
 
 
-def open_model(checkpoint: RunDir | str | os.PathLike, which: str = "latest") -> Model:
+def open_model(
+    checkpoint: RunDir | str | os.PathLike, which: str = "latest", mesh: Mapping[str, Any] | None = None
+) -> Model:
     """Returns the model of a run or an export, whose parameters are read at their first use.
 
     Args:
       checkpoint: folder of a run or an export.
       which: checkpoint of a run: "latest", the newest that is not damaged, or "best", by checkpoint.best of its config.
+      mesh: fields of the config's mesh section, such as {"fsdp": 8}, over which each parameter is split; by default every
+        device has all parameters.
 
     Raises:
-      InputError: neither of these; nothing is saved yet; there is no best checkpoint.
+      InputError: neither of these; nothing is saved yet; there is no best checkpoint; the mesh does not fit the devices or
+        the model, or the parameters do not fit into the memory of a device.
     """
-    run, mesh = RunDir.of(checkpoint), sharding.make_mesh(0, 1)
-    settings = load_run_config(run)
+    run = RunDir.of(checkpoint)
+    settings, devices = _mesh_of(load_run_config(run), mesh)
     section = run.export_section
     if section is not None:
         if which != "latest":
             raise InputError(f"{run} is an export, which holds one model: leave --which out")
         data_spec = data_spec_of(settings, run)
         model_spec = ModelSpec.of(settings, data_spec).with_precomputed_table(tuple(section["reach"]))
-        load_params = functools.partial(_exported_params, run, model_spec, mesh)
-        return Model(settings, model_spec, data_spec, load_params, section["step"], str(run), mesh)
+        load_params = functools.partial(_exported_params, run, _params_on_mesh(model_spec, devices))
+        return Model(settings, model_spec, data_spec, load_params, section["step"], str(run), devices)
     check_together(run, every=which == "best")
     step = run.require_latest_step()
     if which == "best":
@@ -95,8 +115,34 @@ def open_model(checkpoint: RunDir | str | os.PathLike, which: str = "latest") ->
             print(f"checkpoint {path} is damaged ({error}): step {step} is read in its place", file=sys.stderr)
     data_spec = data_spec_of(settings, run)
     model_spec = ModelSpec.of(settings, data_spec)
-    load_params = functools.partial(_saved_params, run, model_spec, mesh, step)
-    return Model(settings, model_spec, data_spec, load_params, step, str(run), mesh)
+    load_params = functools.partial(_saved_params, run, _params_on_mesh(model_spec, devices), step)
+    return Model(settings, model_spec, data_spec, load_params, step, str(run), devices)
+
+
+def _mesh_of(settings: Config, values: Mapping[str, Any] | None) -> tuple[Config, jax.sharding.Mesh]:
+    """The config with a mesh of these sizes, and the mesh. Raises: InputError: it does not fit the devices or the model."""
+    settings = config.mesh_from_values(settings, values or {})
+    sizes = settings.mesh
+    return settings, sharding.make_mesh(sizes.data, sizes.fsdp, sizes.context, sizes.tensor, slices=sizes.slices)
+
+
+def _params_on_mesh(model_spec: ModelSpec, mesh: jax.sharding.Mesh) -> Params:
+    """Shapes, dtypes and shardings of the parameters. Raises: InputError: they do not fit into a device's memory."""
+    params = sharding.abstract_state_with_shardings(mesh, {"params": model_spec.shapes})[0]["params"]
+    chip = find_chip(mesh.devices.flat[0].device_kind)
+    size = sharding.device_bytes(params)
+    if chip is not None and size > chip.memory:
+        raise InputError(
+            f"the parameters take {size / 2**30:,.1f} GiB of each device, and a {chip.name} has {chip.memory / 2**30:,.0f}: "
+            f"split them over more of the {mesh.size} devices with --config.mesh.fsdp or --config.mesh.tensor (Python: "
+            "mesh={'fsdp': 8})"
+        )
+    return params
+
+
+def _put(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array on the devices of a target's sharding, each of which gets its shard alone."""
+    return jax.make_array_from_callback(target.shape, target.sharding, lambda index: np.asarray(array[index]))
 
 
 def load_run_config(checkpoint: RunDir | str | os.PathLike) -> Config:
@@ -139,18 +185,17 @@ def data_spec_of(settings: Config, checkpoint: RunDir | str | os.PathLike) -> Da
     return DataSpec(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocab_size)
 
 
-def _saved_params(run: RunDir, model_spec: ModelSpec, mesh: jax.sharding.Mesh, step: int) -> Params:
-    """The parameters of a run's checkpoint, sharded over a mesh."""
-    shapes, _ = sharding.abstract_state_with_shardings(mesh, {"params": model_spec.shapes})
+def _saved_params(run: RunDir, targets: Params, step: int) -> Params:
+    """The parameters of a run's checkpoint; targets: their shapes, dtypes and shardings."""
     checkpointer = Checkpointer(run, create=False)
-    params, _ = checkpointer.restore_params(shapes["params"], step)
+    params, _ = checkpointer.restore_params(targets, step)
     checkpointer.close()
     return params
 
 
-def _exported_params(run: RunDir, model_spec: ModelSpec, mesh: jax.sharding.Mesh) -> Params:
-    """The parameters of an export, on every device of a mesh. Raises: InputError: the export is damaged."""
+def _exported_params(run: RunDir, targets: Params) -> Params:
+    """The parameters of an export; targets: as in `_saved_params`. Raises: InputError: the export is damaged."""
     error = checksum_error(run.path.absolute(), check_name=False)
     if error:
         raise InputError(f"{run} is damaged: {error}; export the run again")
-    return jax.device_put(read_params(run.path, model_spec.shapes), sharding.replicated(mesh))
+    return read_params(run.path, targets, _put)

@@ -12,6 +12,8 @@ import seqpe_jax
 from seqpe_jax import config, loading
 from seqpe_jax.data import images as image_data
 from seqpe_jax.data import tokens as text_data
+from seqpe_jax.distributed.hardware import Chip
+from seqpe_jax.distributed.sharding import device_bytes
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.run_dir import DATA_SPEC_FILE, RunDir
@@ -292,3 +294,32 @@ def test_a_folder_without_a_model_is_refused(tmp_path, run):
     (damaged / DATA_SPEC_FILE).write_text('{"vocabulary": "many"}')
     with pytest.raises(InputError, match="sizes.json cannot be read"):
         seqpe_jax.load(damaged)
+
+
+def test_a_model_on_a_mesh_computes_what_it_does_on_one_device(run, monkeypatch):
+    """With its parameters split over all devices, and in generation gathered layer by layer, token by token."""
+    plain, split = seqpe_jax.load(run), seqpe_jax.load(run, mesh={"fsdp": 2, "context": 2, "tensor": 2})
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(plain.params["model"]))
+    assert device_bytes(plain.params["model"]) == whole and device_bytes(split.params["model"]) < whole / 3
+    assert split.config.mesh == config.MeshConfig(fsdp=2, context=2, tensor=2)
+    tokens = np.arange(2 * 16).reshape(2, 16)
+    np.testing.assert_allclose(split.logits(tokens), plain.logits(tokens), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr("seqpe_jax.inference.generate._fit_gathered", lambda mesh, params: False)
+    assert split.generate("line", 3) == plain.generate("line", 3)
+
+
+@pytest.mark.parametrize(
+    "mesh, words",
+    [
+        ({"fsdp": 3}, "mesh.fsdp=3 .* 8 devices"),
+        ({"fsdp": 0}, "mesh.fsdp.* 0"),
+        ({"rows": 2}, "unknown config field 'mesh.rows'"),
+        ({"tensor": 4}, "model.heads=2 does not divide over mesh.tensor=4"),
+        ({}, "parameters take .* GiB of each device, and a small chip has 0: .*--config.mesh.fsdp"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_read(run, mesh, words, monkeypatch):
+    monkeypatch.setattr(loading, "find_chip", lambda kind: Chip("small chip", 1.0, 1000, ""))
+    with pytest.raises(InputError, match=words) as caught:
+        loading.open_model(run, mesh=mesh)
+    assert "\n" not in str(caught.value)

@@ -69,6 +69,17 @@ def define_checkpoint_choice() -> flags.FlagHolder:
     return flags.DEFINE_enum("which", "latest", ["latest", "best"], help)
 
 
+def define_mesh_flags() -> None:
+    """Defines the flags --config.mesh.*, for commands that open a trained model; the rest of its config is stored."""
+    for name, field in config.field_docs().items():
+        if name.startswith(config_flags.MESH):
+            help = f"{field.doc} (default: {field.default})"
+            if field.choices:
+                flags.DEFINE_enum(config_flags.PREFIX + name, None, field.choices, help)
+            else:
+                flags.DEFINE_integer(config_flags.PREFIX + name, None, help)
+
+
 def define_process_flags() -> None:
     """Defines the flags of a run of several processes."""
     when = "; not needed alone, nor where Slurm, a TPU pod or Kubernetes sets it"
@@ -98,11 +109,7 @@ def start_processes(read: Callable[[], Config | None] = lambda: None) -> Config 
     if math.isnan(values["start-timeout"]):  # which no bound of a flag refuses
         raise InputError("--start-timeout must be a number of seconds, got nan")
     own = flags.FLAGS.get_key_flags_for_module(_COMMAND[0])
-    facts = {
-        f"--{flag.name}": flag.value
-        for flag in own
-        if flag.name not in PROCESS_FLAGS and not flag.name.startswith("config")
-    }
+    facts = {f"--{flag.name}": flag.value for flag in own if flag.name not in PROCESS_FLAGS and flag.name != "config"}
     settings = refused = None
     try:
         settings = read()

@@ -14,6 +14,7 @@ from seqpe_jax import config
 from seqpe_jax.errors import InputError, suggest
 
 PREFIX = "config."
+MESH = "mesh."
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -42,6 +43,16 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     )
     for name, kind in config.field_types().items():
         flags.DEFINE_flag(_flag_of_field(name, kind), flag_values, module_name=config.__name__)
+
+
+def mesh_overrides(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+    """Returns the mesh fields that the command line sets, by their names within the section."""
+    names = (name for name in config.field_types() if name.startswith(MESH))
+    return {
+        name.removeprefix(MESH): flag_values[PREFIX + name].value
+        for name in names
+        if flag_values[PREFIX + name].present
+    }
 
 
 def _flag_of_field(name: str, kind: Any) -> flags.Flag:
@@ -85,7 +96,13 @@ def read_config(flag_values: flags.FlagValues = flags.FLAGS) -> config.Config:
 def unknown_flag(name: str) -> InputError | None:
     """Returns the error of an unknown flag that is meant as a field of the config, else None."""
     field = name.removeprefix("no").removeprefix(PREFIX)
-    return InputError(config.unknown_field_message(field)) if PREFIX in name else None
+    if PREFIX not in name:
+        return None
+    if field in config.field_names():  # of a command that defines the mesh alone
+        return InputError(
+            f"--{name} is a field of the trained model's config: of these, only --config.mesh.* can be set here"
+        )
+    return InputError(config.unknown_field_message(field))
 
 
 def help_on_fields(section: str = "") -> str:

@@ -3,13 +3,14 @@
 python -m seqpe_jax.evaluate --checkpoint=runs/first --lengths=64,128,256,512,1024 --output=runs/first/evaluation.json
 python -m seqpe_jax.evaluate --checkpoint=runs/first --contexts=64,256,1024 --output=runs/first/evaluation.json
 python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24x32 --output=runs/digits/evaluation.json
+python -m seqpe_jax.evaluate --checkpoint=runs/large --config.mesh.fsdp=8 --output=runs/large/evaluation.json
 """
 
 import re
 
 from absl import flags
 
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.run_dir import EVALUATION_FILE, RunDir
@@ -47,6 +48,7 @@ _OUTPUT = common.define_path(
     writes="file",
     allowed=(EVALUATION_FILE,),
 )
+common.define_mesh_flags()
 common.define_process_flags()
 
 NUMBER = "[1-9][0-9]{0,17}"
@@ -103,7 +105,7 @@ def main() -> None:
     )
     run = RunDir(folder)
     check_request(loading.load_run_config(run), folder, request)
-    report, arrays = evaluate(loading.open_model(run, _WHICH.value), request)
+    report, arrays = evaluate(loading.open_model(run, _WHICH.value, config_flags.mesh_overrides()), request)
     if _OUTPUT.value and processes.is_main_process():
         for file in write(report, arrays, as_path(_OUTPUT.value)):
             print(f"written: {file}")

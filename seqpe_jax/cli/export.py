@@ -12,7 +12,7 @@ import sys
 
 from absl import flags
 
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.files import as_path, require_empty
 
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run")
@@ -25,6 +25,7 @@ _MAX_SIZE = flags.DEFINE_integer(
     "max-size", None, "images: largest side in pixels (default: the largest that the run's config names)", 1, 2**16
 )
 _PLATFORMS = flags.DEFINE_list("platforms", None, "some of cpu,cuda,tpu (default: all of them)")
+common.define_mesh_flags()
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves the context that removes the unfinished folder
     processes.enable_compilation_cache()
     require_empty(_OUTPUT.value)
-    model = loading.open_model(_CHECKPOINT.value, _WHICH.value)
+    model = loading.open_model(_CHECKPOINT.value, _WHICH.value, config_flags.mesh_overrides())
     platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
     export.write_export(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
     print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / MODEL_CARD_FILE}")

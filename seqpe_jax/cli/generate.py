@@ -11,12 +11,12 @@ training depend on its length: past the training length these need --window=TOKE
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.errors import InputError, encode_utf8
 from seqpe_jax.files import as_path, atomic_write
 
@@ -43,6 +43,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the most likel
 _TOP_P = flags.DEFINE_float("top-p", 1.0, "sample from the most likely tokens that together reach this probability")
 _SEED = flags.DEFINE_integer("seed", 0, "of the sampling, where the temperature is above 0")
 _OUTPUT = common.define_path("output", "file to write, one JSON object per prompt and line", writes="file")
+common.define_mesh_flags()
 common.define_process_flags()
 
 
@@ -86,6 +87,7 @@ def generate_texts(
     which: str = "latest",
     window: int | None = None,
     stream: bool = False,
+    mesh: Mapping[str, Any] | None = None,
     **options: float,
 ) -> list[dict[str, Any]]:
     """Returns the continuation of each prompt, as an object of `--output`.
@@ -97,6 +99,7 @@ def generate_texts(
       which: checkpoint of the run, "latest" or "best" (`loading.open_model`).
       window: tokens of the window, where positions depend on its length (`inference.generate.check_generation`).
       stream: print the continuation of the one prompt while it grows; else a progress line counts the tokens.
+      mesh: fields of the config's mesh section (`loading.open_model`).
       **options: temperature, top_p and seed of `inference.decode.Sampling`.
 
     Raises:
@@ -115,7 +118,7 @@ def generate_texts(
     run = RunDir(checkpoint)
     if loading.load_run_config(run).is_image:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
-    model = loading.open_model(run, which)
+    model = loading.open_model(run, which, mesh)
     tokens = model.task.prompts([encode_utf8(prompt) for prompt in prompts])
     sampling = Sampling(max_new_tokens, end=model.tokenizer.eos_id, **options)
     check_generation(
@@ -189,6 +192,7 @@ def main() -> None:
         which=_WHICH.value,
         window=_WINDOW.value,
         stream=_FILE.value is None,
+        mesh=config_flags.mesh_overrides(),
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,
         seed=_SEED.value,

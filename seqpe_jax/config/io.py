@@ -13,15 +13,15 @@ import pathlib
 import traceback
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import ml_collections
 
 from seqpe_jax.config.encodings import ENCODINGS, GATED, EncodingConfig, all_fields, any_encoding, kinds_with
 from seqpe_jax.config.limits import LARGEST, check_range, format_value
-from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig
-from seqpe_jax.config.validate import check
+from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, MeshConfig
+from seqpe_jax.config.validate import check, check_heads, check_overrides_used
 from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expand_path
@@ -578,6 +578,24 @@ def _kinds_of_data(section: type, prefix: str, inherited: tuple[str, ...]) -> di
         else:
             found[prefix + field.name] = of
     return found
+
+
+def mesh_from_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a trained model's config with a mesh to use it on.
+
+    Args:
+      config: config of the run.
+      values: fields of the section, such as {"fsdp": 8}; those left out have their defaults.
+
+    Raises:
+      InputError: a field or value that no mesh has, or that has no effect, or heads that do not divide over mesh.tensor.
+    """
+    mesh = _build(MeshConfig, dict(values), "mesh.")
+    _check_ranges(mesh, "mesh.")
+    config = dataclasses.replace(config, mesh=mesh)
+    check_heads(config)
+    check_overrides_used(config, (f"mesh.{name}" for name in values))
+    return config
 
 
 # --- Fields: names, types, differences

@@ -246,6 +246,9 @@ class OptimizerConfig:
     b1: float = _field(0.9, "decay of the mean of gradients", **limits.DROP_RATE)
     b2: float = _field(0.999, "decay of the mean of squared gradients", **limits.DROP_RATE)
     epsilon: float = _field(1e-8, "added to the root of the squared gradients", low=1e-20, high=1.0, once=True)
+    state_dtype: Literal["float32", "bfloat16"] = _field(
+        "float32", "dtype in which the mean of gradients is stored; that of squared gradients is always float32"
+    )
     weight_decay: float = _field(
         0.0, "of the model's matrices; never of biases, norms, embeddings", low=0.0, high=100.0
     )
@@ -315,7 +318,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """Arithmetic of the model; parameters, optimizer state, softmax, losses and position products are float32."""
+    """Arithmetic of the model; parameters, softmax, losses and position products are float32."""
 
     compute: Literal["float32", "bfloat16"] = _field("float32", "dtype of activations and matrix products")
     random_bits: Literal["auto", "threefry", "rbg"] = _field(

@@ -438,11 +438,16 @@ def _check_checkpoint(config: Config) -> None:
         )
 
 
-def _check_mesh(config: Config) -> None:
+def check_heads(config: Config) -> None:
+    """Raises InputError if the heads do not divide over mesh.tensor."""
     if config.model.heads % config.mesh.tensor:
         raise InputError(
             f"model.heads={config.model.heads} does not divide over mesh.tensor={config.mesh.tensor}: choose a divisor"
         )
+
+
+def _check_mesh(config: Config) -> None:
+    check_heads(config)
     if math.prod(config.grid) % config.mesh.context:
         field = "data.size" if config.is_image else "data.length"
         raise InputError(

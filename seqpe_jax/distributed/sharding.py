@@ -18,7 +18,23 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from seqpe_jax.axes import BATCH, ENCODER_ROWS, HEADS, LENGTH, MLP, POSITIONS, VOCABULARY, WIDTH, use_sharding
+from seqpe_jax.axes import (
+    BATCH,
+    ENCODER_ROWS,
+    HEADS,
+    LENGTH,
+    MLP,
+    OUTER_BATCH,
+    OUTER_TOKENS,
+    PARAM_SHARDS,
+    POSITIONS,
+    RESIDUAL_LENGTH,
+    VOCABULARY,
+    VOCABULARY_SHARDS,
+    WIDTH,
+    use_mesh_axes,
+    use_sharding,
+)
 from seqpe_jax.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -35,6 +51,11 @@ ACTIVATION_RULES = {
     MLP: ("tensor",),
     VOCABULARY: ("tensor",),
     WIDTH: (),
+    RESIDUAL_LENGTH: ("context", "tensor"),
+    OUTER_BATCH: ("data",),
+    OUTER_TOKENS: ("data", "context"),
+    PARAM_SHARDS: ("fsdp",),
+    VOCABULARY_SHARDS: ("tensor", "fsdp"),
 }
 PARAM_RULES = ACTIVATION_RULES | {WIDTH: ("fsdp",)}
 
@@ -213,12 +234,17 @@ class MeshSharding:
         return jax.tree_util.tree_map_with_path(gather, params)
 
     def shard_map(
-        self, function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any], multiple: int = 1
-    ) -> jax.Array:
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        names: Sequence[Any],
+        multiple: int = 1,
+        results: Sequence[Any] | None = None,
+    ) -> Any:
         """Returns `axes.shard_map`; all mesh axes are manual inside, so that Pallas kernels can be called."""
         if self.mesh.size == 1:
             return function(*arguments)
-        length = arguments[0].shape[names[0].index(LENGTH)] if LENGTH in names[0] else 0
+        length = arguments[0].shape[names[0].index(LENGTH)] if LENGTH in names[0] and results is None else 0
         padding = -length % (self.shards(LENGTH) * multiple)
 
         def pad(array: jax.Array | None, names: Sequence[str | None]) -> jax.Array | None:
@@ -226,14 +252,15 @@ class MeshSharding:
                 return array
             return jnp.pad(array, [(0, padding if name == LENGTH else 0) for name in names])
 
-        def without_constraints(*arguments: Any) -> jax.Array:
-            with use_sharding(None):
+        def without_constraints(*arguments: Any) -> Any:
+            with use_sharding(None), use_mesh_axes(ACTIVATION_RULES):
                 return function(*arguments)
 
         arguments = [pad(array, own) for array, own in zip(arguments, names, strict=True)]
         specs = [None if a is None else self.spec(a.shape, own) for a, own in zip(arguments, names, strict=True)]
+        out_specs = specs[0] if results is None else tuple(self.sharding(*own).spec for own in results)
         mapped = jax.shard_map(
-            without_constraints, mesh=self.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False
+            without_constraints, mesh=self.mesh, in_specs=tuple(specs), out_specs=out_specs, check_vma=False
         )
         result = mapped(*arguments)
         return result[:, :length] if padding else result
@@ -351,6 +378,11 @@ def abstract_state_with_shardings(mesh: Mesh, abstract_state: Any) -> tuple[Any,
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(path, leaf)))
 
     return jax.tree_util.tree_map_with_path(with_sharding, abstract_state), unsharded
+
+
+def device_bytes(tree: Any) -> int:
+    """Returns the bytes that one device holds of arrays, or of shapes with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _path_name(path: Any) -> str:

@@ -167,7 +167,8 @@ class CompiledModel:
           images: float32[n, sides..., C], normalized.
         """
         shape = self.model_spec.grid_of(images.shape)
-        weights = jax.jit(functools.partial(self.model_spec.network.apply, method="attention"))(
+        attention = with_mesh(self.mesh, functools.partial(self.model_spec.network.apply, method="attention"))
+        weights = jax.jit(attention, out_shardings=sharding.replicated(self.mesh))(
             {"params": params["model"]}, jnp.asarray(images), self.signal(params, shape)
         )
         weights_BHL = np.asarray(weights, np.float32)[:, :, 0, 1:]
@@ -207,11 +208,14 @@ class CompiledModel:
             positions_RA = position_grid.positions(shape, first, rows)
             return self.model_spec.encode(params, positions_RA, structures=(structure,), method="vectors")
 
-        return jax.jit(with_mesh(self.mesh, vectors), static_argnums=(2, 3, 4))
+        return jax.jit(
+            with_mesh(self.mesh, vectors), static_argnums=(2, 3, 4), out_shardings=sharding.replicated(self.mesh)
+        )
 
     @functools.cached_property
     def _vectors_of(self) -> Callable[[Params, jax.Array], jax.Array]:
-        return jax.jit(with_mesh(self.mesh, functools.partial(self.model_spec.encode, method="vectors")))
+        vectors_of = with_mesh(self.mesh, functools.partial(self.model_spec.encode, method="vectors"))
+        return jax.jit(vectors_of, out_shardings=sharding.replicated(self.mesh))
 
     @functools.cached_property
     def _logits(self) -> Callable[..., jax.Array]:

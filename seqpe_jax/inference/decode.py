@@ -171,8 +171,18 @@ class DecodeFunctions(NamedTuple):
 
 
 @functools.lru_cache
-def decode_functions(model: nn.Module, static: SamplingStatic, sharding: Any) -> DecodeFunctions:
-    """Returns the compiled functions of a model under sharding rules; arrays that the host reads are replicated."""
+def decode_functions(
+    model: nn.Module, static: SamplingStatic, sharding: Any, gather_once: bool = True
+) -> DecodeFunctions:
+    """Returns the compiled functions of a model under sharding rules; arrays that the host reads are replicated.
+
+    Args:
+      model: see `prefill`.
+      static: see `prefill`.
+      sharding: a `distributed.sharding.MeshSharding`.
+      gather_once: all-gather the parameters before the loop over tokens; else in each turn, layer by layer, so that no device
+        holds all of them.
+    """
     by_batch, replicated = sharding.sharding(axes.BATCH), sharding.sharding()
     out_shardings = DecodeState(
         cache=sharding.sharding(axes.BATCH, None, axes.HEADS),
@@ -190,11 +200,13 @@ def decode_functions(model: nn.Module, static: SamplingStatic, sharding: Any) ->
     def compile_sharded(function: Callable[..., DecodeState], **options: Any) -> Callable[..., DecodeState]:
         def sharded(params: Any, *arguments: Any) -> DecodeState:
             with axes.use_sharding(sharding):
-                return function(model, sharding.all_gather_params(params, "model"), *arguments, static=static)
+                params = sharding.all_gather_params(params, "model") if gather_once else params
+                return function(model, params, *arguments, static=static)
 
         return jax.jit(sharded, out_shardings=out_shardings, **options)
 
-    return DecodeFunctions(compile_sharded(prefill), compile_sharded(decode_loop, donate_argnums=2))
+    loop = functools.partial(decode_loop, gather_each_turn=not gather_once)
+    return DecodeFunctions(compile_sharded(prefill), compile_sharded(loop, donate_argnums=2))
 
 
 def prefill(
@@ -252,20 +264,28 @@ def decode_loop(
     until: jax.Array,
     *,
     static: SamplingStatic,
+    gather_each_turn: bool = False,
 ) -> DecodeState:
-    """Returns the state after `until` new tokens, or as soon as every text has ended; other arguments as in `prefill`."""
+    """Returns the state after `until` new tokens, or as soon as every text has ended; other arguments as in `prefill`.
+
+    With `gather_each_turn`, sharded parameters are gathered for each token anew.
+    """
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.step < until) & ~state.done_B.all()
 
     def decode_token(state: DecodeState) -> DecodeState:
+        own = params
+        if gather_each_turn:  # tied to the state, else a compiler may gather them before the loop
+            own, step = jax.lax.optimization_barrier((params, state.step))
+            state = state.replace(step=step)
         token_index_B1 = (state.lengths_B + state.step - 1)[:, None]
         if static.limit is not None:  # rows that are done stay inside the window
             token_index_B1 = jnp.minimum(token_index_B1, static.limit - 1)
         hidden_B1D, cache = model.apply(
-            {"params": params}, state.token_B[:, None], signal, state.cache, token_index_B1, method="forward_cached"
+            {"params": own}, state.token_B[:, None], signal, state.cache, token_index_B1, method="forward_cached"
         )
-        logits_BV = model.apply({"params": params}, hidden_B1D, method="logits")[:, 0]
+        logits_BV = model.apply({"params": own}, hidden_B1D, method="logits")[:, 0]
         return _append_token(state.replace(cache=cache), logits_BV, sampling, static)
 
     return jax.lax.while_loop(unfinished, decode_token, state)

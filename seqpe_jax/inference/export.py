@@ -159,27 +159,35 @@ def write_params(folder: pathlib.Path, params: Tree) -> None:
     apply_umask(folder / PARAMS_FILE)  # safetensors makes it readable for its owner alone
 
 
-def read_params(folder: str | os.PathLike, expected: Tree) -> Tree:
-    """Returns the parameters of an export, NumPy arrays in nested dicts.
+def read_params(folder: str | os.PathLike, expected: Tree, put: Callable[[np.ndarray, Any], Any]) -> Tree:
+    """Returns the parameters of an export in nested dicts; on a disk, one array at a time is in this process's memory.
 
     Args:
       folder: folder of the export.
       expected: their shapes and dtypes.
+      put: (array, its element of `expected`) -> the array as it is returned.
 
     Raises:
       InputError: the file cannot be read, or holds other parameters.
     """
     path = as_path(folder) / PARAMS_FILE
     try:
-        leaves = safetensors.numpy.load(path.read_bytes()) if is_remote(path) else safetensors.numpy.load_file(path)
+        if is_remote(path):
+            arrays = safetensors.numpy.load(path.read_bytes())
+            names, read = arrays.keys(), arrays.pop
+        else:
+            file = safetensors.safe_open(path, "numpy")
+            names, read = set(file.keys()), file.get_tensor
+        wanted, found = flatten_dict(expected), {}
+        for name in sorted(wanted.keys() | names):
+            array = read(name) if name in names else None
+            has, right = _dtype_and_shape(array), _dtype_and_shape(wanted.get(name))
+            if has != right:
+                raise InputError(f"{path}: {name} is {has}, but config.json asks for {right}: export the run again")
+            found[name] = put(array, wanted[name])
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}): export the run again") from error
-    wanted = flatten_dict(expected)
-    for name in sorted(wanted.keys() | leaves.keys()):
-        found, right = (_dtype_and_shape(tree.get(name)) for tree in (leaves, wanted))
-        if found != right:
-            raise InputError(f"{path}: {name} is {found}, but config.json asks for {right}: export the run again")
-    return _with_empty_dicts(expected, unflatten_dict(leaves))
+    return _with_empty_dicts(expected, unflatten_dict(found))
 
 
 def _with_empty_dicts(like: Tree, tree: Tree) -> Tree:

@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from seqpe_jax.config import Config, check_positions
 from seqpe_jax.distributed import sharding
+from seqpe_jax.distributed.hardware import find_chip
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decode
 from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress
@@ -80,6 +82,13 @@ def _check_prompts(config: Config, lengths: Sequence[int]) -> None:
         raise InputError(f"{which} is empty: a prompt must hold at least one token")
 
 
+def _fit_gathered(mesh: jax.sharding.Mesh, params: Params) -> bool:
+    """Returns whether parameters, gathered over fsdp, take at most half of a device's memory, as far as that is known."""
+    chip = find_chip(mesh.devices.flat[0].device_kind)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) / mesh.shape["tensor"]
+    return chip is None or size <= chip.memory / 2
+
+
 def generate(
     compiled: CompiledModel,
     config: Config,
@@ -121,7 +130,9 @@ def generate(
         if not 0 <= int(np.min(prompt)) <= int(np.max(prompt)) < network.vocabulary:
             raise InputError(f"a prompt has tokens outside of the vocabulary (0 .. {network.vocabulary - 1})")
     static = sampling.static(window if config.encoding.window_dependence else None, keep_logits)
-    functions = decode.decode_functions(network, static, sharding.MeshSharding(compiled.mesh))
+    functions = decode.decode_functions(
+        network, static, sharding.MeshSharding(compiled.mesh), gather_once=_fit_gathered(compiled.mesh, params["model"])
+    )
     batches = decode.batch_prompts(
         lengths,
         new_tokens=sampling.new_tokens,

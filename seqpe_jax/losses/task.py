@@ -1,8 +1,7 @@
 """Task losses: cross-entropy of the next token or of the class of an image."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,13 +10,45 @@ import optax
 from flax import linen as nn
 
 from seqpe_jax.encodings.position_signal import PositionSignal
+from seqpe_jax.losses import blockwise
 from seqpe_jax.losses.image_input import model_images
 from seqpe_jax.losses.image_mixing import mix_images
 
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
-LOGIT_BLOCK = 512  # tokens whose logits are in memory at a time in evaluation
+
+@dataclasses.dataclass(frozen=True)
+class NetworkCall:
+    """A network with its parameters and position signal.
+
+    Attributes:
+      network: module of (inputs, signal) -> logits.
+      variables: {"params": ...} of the network.
+      signal: PositionSignal of the inputs.
+      options: further arguments of the network, such as those of dropout.
+    """
+
+    network: nn.Module
+    variables: Any
+    signal: PositionSignal
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Returns logits: float32[B, L, V] of tokens int32[B, L], [B, V] of images float32[B, sides..., C]."""
+        return self.network.apply(self.variables, inputs, self.signal, **self.options)
+
+    def hidden(self, tokens_BL: jax.Array) -> jax.Array:
+        """Returns the final states of tokens, [B, L, D]."""
+        return self.network.apply(self.variables, tokens_BL, self.signal, **self.options, method="hidden")
+
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """Returns the logits of final states, float32[B, L, V]."""
+        return self.network.apply(self.variables, hidden_BLD, method="logits")
+
+    def logit_embedding(self) -> jax.Array:
+        """Returns the embedding whose products with final states are the logits, float32[V, D] as stored."""
+        return self.network.apply(self.variables, method="logit_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,24 +66,34 @@ class NextTokenLoss:
         del key
         return batch
 
-    def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(self, network: NetworkCall, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Returns (mean loss in nats per token, no metrics).
 
+        Logits that do not fit into one block (`blockwise.fit_one_block`) are computed block by block.
+
         Args:
-          apply: the model with dropout, int32[B, L] -> logits float32[B, L, V].
+          network: the model with dropout.
           batch: see the class.
           key: unused.
         """
-        logits_BLV = apply(batch["tokens"][:, :-1])
-        return cross_entropy(logits_BLV, batch["tokens"][:, 1:], batch.get("weights"))[0], {}
+        inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        hidden_BLD, weights_BL = network.hidden(inputs_BL), batch.get("weights")
+        if blockwise.fit_one_block(*targets_BL.shape, len(network.logit_embedding())):
+            return cross_entropy(network.logits(hidden_BLD), targets_BL, weights_BL)[0], {}
+        if weights_BL is None:
+            weights_BL = jnp.ones(targets_BL.shape, jnp.float32)
+        weights_BL = weights_BL / _total_weight(weights_BL)
+        return blockwise.weighted_loss(hidden_BLD, network.logit_embedding(), targets_BL, weights_BL), {}
 
     def eval_step(
         self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
     ) -> dict[str, jax.Array]:
         """Returns {"loss": float32[B, L]}, the loss of each token in nats, without dropout."""
-        hidden_BLD = network.apply(variables, batch["tokens"][:, :-1], signal, method="hidden")
-        logits_fn = functools.partial(network.apply, variables, method="logits")
-        return {"loss": blockwise_token_losses(logits_fn, hidden_BLD, batch["tokens"][:, 1:], LOGIT_BLOCK)}
+        call, targets_BL = NetworkCall(network, variables, signal), batch["tokens"][:, 1:]
+        hidden_BLD = call.hidden(batch["tokens"][:, :-1])
+        if blockwise.fit_one_block(*targets_BL.shape, len(call.logit_embedding())):
+            return {"loss": cross_entropy(call.logits(hidden_BLD), targets_BL)[1]}
+        return {"loss": blockwise.token_losses(hidden_BLD, call.logit_embedding(), targets_BL)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,30 +181,10 @@ def cross_entropy(
         losses = (1 - label_smoothing) * losses - label_smoothing * jax.nn.log_softmax(logits).mean(axis=-1)
     if weights is None:
         return losses.mean(), losses
+    return (losses * weights).sum() / _total_weight(weights), losses
+
+
+def _total_weight(weights: jax.Array) -> jax.Array:
+    """Returns the sum of weights, or 1 where all are 0."""
     total = weights.sum()
-    return (losses * weights).sum() / jnp.where(total > 0, total, 1.0), losses
-
-
-def blockwise_token_losses(
-    logits_fn: Callable[[jax.Array], jax.Array], hidden_BLD: jax.Array, targets_BL: jax.Array, block: int
-) -> jax.Array:
-    """Returns the loss of each token, float32[B, L] in nats, with the logits of one block of tokens in memory at a time.
-
-    Args:
-      logits_fn: hidden states [B, block, D] -> logits [B, block, V].
-      hidden_BLD: last hidden states.
-      targets_BL: int32.
-      block: tokens of an example in a block.
-    """
-    batch, length = targets_BL.shape
-    num_blocks = -(-length // block)
-    padding = ((0, 0), (0, num_blocks * block - length))
-    hidden = jnp.pad(hidden_BLD, (*padding, (0, 0))).reshape(batch, num_blocks, block, -1).swapaxes(0, 1)
-    targets = jnp.pad(targets_BL, padding).reshape(batch, num_blocks, block).swapaxes(0, 1)
-
-    @jax.checkpoint  # otherwise the backward pass keeps the logits of every block
-    def block_losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return cross_entropy(logits_fn(hidden), targets)[1]
-
-    losses = jax.lax.map(lambda arguments: block_losses(*arguments), (hidden, targets))
-    return losses.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+    return jnp.where(total > 0, total, 1.0)

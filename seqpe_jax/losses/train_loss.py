@@ -1,7 +1,6 @@
 """Training loss: task loss + weighted contrastive and distillation losses, a pure function of (params, batch, key, step)."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from seqpe_jax.losses.position import (
     distillation_loss,
 )
 from seqpe_jax.losses.sample_positions import SampledPositions, may_perturb, sample_positions
-from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
+from seqpe_jax.losses.task import ClassificationLoss, NetworkCall, NextTokenLoss
 from seqpe_jax.models.build import ModelSpec, Params, dropout_key, stream
 from seqpe_jax.models.flops import param_matmul_flops
 from seqpe_jax.positions.prefix_trie import PositionStructure
@@ -96,17 +95,12 @@ class TrainLoss:
             signal, terms = self.signal_and_terms(encoding_params, sampled, encoding_key, positions_from_batch)
         else:
             signal = self.model_spec.signal(params, sampled.positions_PLA, self.model_spec.shape)
-        apply = functools.partial(
-            self.model_spec.network.apply,
-            {"params": params["model"]},
-            signal=signal,
-            deterministic=False,
-            rngs={"dropout": self._dropout_key(step_key, "model dropout")},
-        )
+        dropout = {"deterministic": False, "rngs": {"dropout": self._dropout_key(step_key, "model dropout")}}
+        network = NetworkCall(self.model_spec.network, {"params": params["model"]}, signal, dropout)
         batch = self.task_loss.model_inputs(batch, stream(step_key, "image input"))
         if sampled.crop_boxes_PA2 is not None:
             batch = batch | {"images": crop_and_resize(batch["images"], sampled.crop_boxes_PA2)}
-        task, task_metrics = self.task_loss.loss(apply, batch, stream(step_key, "task"))
+        task, task_metrics = self.task_loss.loss(network, batch, stream(step_key, "task"))
         task = microbatch_weight * task
         total = task
         for name, value in terms.items():

@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from seqpe_jax.encodings.position_signal import broadcast_to_batch
 from seqpe_jax.models.attention_inputs import (
+    ATTENTION_RESULT,
     MASK_VALUE,
     AttentionInputs,
     add_position_sets,
@@ -257,6 +259,7 @@ def _forward(inputs: AttentionInputs, block: int, keys: int) -> tuple[jax.Array,
     out, lse = jax.lax.map(query_block, jnp.arange(length // block))
     out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, length, -1)
     lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, length)
+    out, lse = checkpoint_name((out, lse), ATTENTION_RESULT)
     return out, (inputs, out, lse)
 
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from seqpe_jax.models.attention_inputs import MASK_VALUE, AttentionInputs, dropout_mask
+from seqpe_jax.models.attention_inputs import ATTENTION_RESULT, MASK_VALUE, AttentionInputs, dropout_mask
 
 LANES = 128
 BLOCK_SIZES = (512, 384, 256)  # queries or keys per tile; for less than the smallest, a multiple of LANES
@@ -242,6 +243,7 @@ def _forward(inputs: KernelInputs, config: KernelConfig) -> tuple[jax.Array, Any
         ),
         scratch=[(config.samples, config.block_q, size) for size in (LANES, LANES, width)],
     )
+    out, lse = checkpoint_name((out, lse), ATTENTION_RESULT)
     return out, (inputs, out, lse)
 
 

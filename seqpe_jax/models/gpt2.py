@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from seqpe_jax.axes import BATCH, LENGTH, VOCABULARY, WIDTH, with_logical_constraint
+from seqpe_jax.axes import BATCH, LENGTH, OUTER_BATCH, PARAM_SHARDS, VOCABULARY, WIDTH, with_logical_constraint
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.models.attention import KVCache, position_logits
 from seqpe_jax.models.transformer import TransformerConfig, make_blocks, run_block, run_blocks
@@ -47,7 +47,8 @@ class GPT2(nn.Module):
     def hidden(self, tokens_BL: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
         """Returns the final states [B, L, D]; arguments as in `__call__`."""
         x_BLD = self._embed(tokens_BL, signal.input_embedding, deterministic)
-        return self.final_norm(run_blocks(self.blocks, x_BLD, signal, deterministic))
+        x_BLD = self.final_norm(run_blocks(self.blocks, x_BLD, signal, deterministic))
+        return with_logical_constraint(x_BLD, BATCH, LENGTH, None)
 
     def forward_cached(
         self, tokens_BL: jax.Array, signal: PositionSignal, cache: tuple[KVCache, ...], token_index_PL: jax.Array
@@ -92,15 +93,24 @@ class GPT2(nn.Module):
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Returns the logits float32[B, L, V] of final states."""
-        embedding = self.token_embedding if self.tied else self.output_embedding
-        embedding_VD = with_logical_constraint(embedding.embedding.astype(self.config.dtype), VOCABULARY, WIDTH)
+        embedding_VD = self.logit_embedding().astype(self.config.dtype)
+        embedding_VD = with_logical_constraint(embedding_VD, VOCABULARY, WIDTH)
         logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
         return with_logical_constraint(logits_BLV, BATCH, LENGTH, VOCABULARY)
 
+    def logit_embedding(self) -> jax.Array:
+        """Returns the embedding whose products with final states are the logits, float32[V, D] as stored."""
+        return (self.token_embedding if self.tied else self.output_embedding).embedding
+
     def _embed(self, tokens_BL: jax.Array, position_PLD: jax.Array | None, deterministic: bool) -> jax.Array:
         """The states [B, L, D] that enter the first block; position_PLD: position embedding that is added."""
-        embedding_VD = with_logical_constraint(self.token_embedding.embedding, VOCABULARY, WIDTH)
-        x_BLD = with_logical_constraint(jnp.take(embedding_VD, tokens_BL, axis=0), BATCH, LENGTH, None)
+        # Each device looks up its columns of the table as stored, for the tokens of all devices that share it; an
+        # all-to-all of states follows, in place of an all-gather of the table.
+        embedding_VD = with_logical_constraint(self.token_embedding.embedding, VOCABULARY, PARAM_SHARDS)
+        tokens_BL = with_logical_constraint(tokens_BL, OUTER_BATCH, LENGTH)
+        x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0)
+        x_BLD = with_logical_constraint(x_BLD, OUTER_BATCH, LENGTH, PARAM_SHARDS)
+        x_BLD = with_logical_constraint(x_BLD, BATCH, LENGTH, None)
         if position_PLD is not None:
             x_BLD = x_BLD + broadcast_to_batch(position_PLD, tokens_BL.shape[0])
         return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.config.dtype)

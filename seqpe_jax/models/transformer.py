@@ -3,26 +3,49 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import Offloadable
 
-from seqpe_jax.axes import BATCH, HEADS, LENGTH, MLP, WIDTH, with_logical_constraint
+from seqpe_jax.axes import BATCH, HEADS, LENGTH, MLP, RESIDUAL_LENGTH, WIDTH, shards, with_logical_constraint
 from seqpe_jax.encodings.digit_encoder import ACTIVATIONS
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, attention_weights
+from seqpe_jax.models.attention_inputs import ATTENTION_RESULT
 from seqpe_jax.models.attention_tpu import AUTO_BLOCKS, KernelBlocks
 
 # Gate -> log of the share that a token lets through of those before it, at most 0. "forget": log sigmoid(x), the forgetting
 # transformer (Lin et al. 2025, arXiv 2503.02130). "cable": a bias of -softplus(x) (Veisi et al. 2025, arXiv 2503.08067),
 # which is log sigmoid(-x).
 GATES = {"forget": jax.nn.log_sigmoid, "cable": lambda x: -jax.nn.softplus(x)}
+
+
+def _with_attention(policy: Callable[..., Any], decision: Any) -> Callable[..., Any]:
+    """Returns a policy of `jax.checkpoint` that treats the results of attention kernels as given, and the rest as another.
+
+    Args:
+      policy: policy for all other values.
+      decision: what it would return of a value that is treated alike.
+    """
+    is_attention = jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULT)
+
+    def of_value(primitive: Any, *arguments: Any, **options: Any) -> Any:
+        named = is_attention(primitive, *arguments, **options)
+        return decision if named else policy(primitive, *arguments, **options)
+
+    return of_value
+
+
+_SAVE_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_OFFLOAD_DOTS = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
 REMAT_POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "dots": _with_attention(_SAVE_DOTS, True),
+    "offload": _with_attention(_OFFLOAD_DOTS, Offloadable("device", "pinned_host")),
 }
 
 
@@ -44,8 +67,8 @@ class TransformerConfig:
       layer_norm_epsilon: added to the variance.
       init_std: standard deviation of normal initial weights.
       dtype: dtype of the arithmetic; parameters are float32.
-      remat: recomputation in the backward pass: "none", "full" (whole blocks), "dots" (all but matrix products) or
-        "offload" (matrix products are saved in host memory).
+      remat: recomputation in the backward pass: "none", "full" (whole blocks), "dots" (all but matrix products
+        and attention kernels) or "offload" (these are saved in host memory).
       attention_kind: "auto" or one of `attention_dispatch.BACKENDS`.
       attention_block: queries and keys per block of attention; 0 = automatic.
       kernel_blocks: sizes of the tiles of the TPU kernels of attention.
@@ -131,6 +154,9 @@ def cumsum(log_gate_BLH: jax.Array) -> jax.Array:
 
 class Block(nn.Module):
     """Attention and MLP, each after a LayerNorm and added to the residual stream.
+
+    Under the mesh axis `tensor`, which splits heads and hidden units, the residual stream is split along the sequence: each
+    map into heads or hidden units gathers it, each map out of them ends with a reduce-scatter.
 
     Attributes:
       config: hyperparameters of the model.
@@ -229,11 +255,11 @@ class Block(nn.Module):
         """Log forget gate of each token and head, float32[B, L, H], at most 0; None without gates."""
         if not self.config.gate:
             return None
-        return GATES[self.config.gate](self.forget_gate(self.norm_1(x_BLD)).astype(jnp.float32))
+        return GATES[self.config.gate](self.forget_gate(_gathered(self.norm_1(x_BLD))).astype(jnp.float32))
 
     def _query_key_value(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [B, L, H, K]."""
-        qkv = self.qkv(self.norm_1(with_logical_constraint(x_BLD, BATCH, LENGTH, None)))
+        qkv = self.qkv(_gathered(self.norm_1(_residual(x_BLD))))
         query, key, value = (with_logical_constraint(qkv[:, :, part], BATCH, LENGTH, HEADS, None) for part in range(3))
         return query, key, value
 
@@ -243,11 +269,11 @@ class Block(nn.Module):
         """The next states, from the attention output of all heads; rate: of stochastic depth."""
         drop_path = functools.partial(self._drop_path, rate=0.0 if deterministic else rate)
         drop = functools.partial(self.drop, deterministic=deterministic)
-        x_BLD = with_logical_constraint(x_BLD, BATCH, LENGTH, None)
-        x_BLD = x_BLD + drop_path(drop(with_logical_constraint(self.out(attended_BLHK), BATCH, LENGTH, None)))
-        hidden = with_logical_constraint(self.mlp_in(self.norm_2(x_BLD)), BATCH, LENGTH, MLP)
+        x_BLD = _residual(x_BLD)
+        x_BLD = x_BLD + drop_path(drop(_residual(self.out(attended_BLHK))))
+        hidden = with_logical_constraint(self.mlp_in(_gathered(self.norm_2(x_BLD))), BATCH, LENGTH, MLP)
         out = self.mlp_out(ACTIVATIONS[self.config.activation](hidden))
-        return x_BLD + drop_path(drop(with_logical_constraint(out, BATCH, LENGTH, None)))
+        return _residual(x_BLD + drop_path(drop(_residual(out))))
 
     def _drop_path(self, branch_BLD: jax.Array, rate: jax.Array | float) -> jax.Array:
         """A branch, set to 0 for each sample with probability `rate`."""
@@ -255,6 +281,17 @@ class Block(nn.Module):
             return branch_BLD
         keep_B11 = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (branch_BLD.shape[0], 1, 1))
         return jnp.where(keep_B11, branch_BLD / (1 - rate), 0).astype(branch_BLD.dtype)
+
+
+def _residual(x_BLD: jax.Array) -> jax.Array:
+    """States of the residual stream, split along the sequence where the devices divide it."""
+    divides = shards(RESIDUAL_LENGTH) == 1 or x_BLD.shape[1] % shards(RESIDUAL_LENGTH) == 0
+    return with_logical_constraint(x_BLD, BATCH, RESIDUAL_LENGTH if divides else LENGTH, None)
+
+
+def _gathered(x_BLD: jax.Array) -> jax.Array:
+    """States of which each device along `tensor` has all tokens, for its heads or hidden units."""
+    return with_logical_constraint(x_BLD, BATCH, LENGTH, None)
 
 
 class ScannedBlocks(nn.Module):

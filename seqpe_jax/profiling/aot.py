@@ -155,9 +155,9 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
 def _memory(trainer: Trainer, batch: dict[str, Any], compiled: Any, needed: int, available: int) -> dict[str, int]:
     """Returns bytes of one device: arguments by part, temporaries (activations, gradients, gathered arrays) and total."""
     found = {
-        "parameters": _local_bytes(trainer.abstract_state.params),
-        "optimizer": _local_bytes(trainer.abstract_state.opt_state),
-        "batch": _local_bytes(batch),
+        "parameters": layout.device_bytes(trainer.abstract_state.params),
+        "optimizer": layout.device_bytes(trainer.abstract_state.opt_state),
+        "batch": layout.device_bytes(batch),
     }
     if compiled is not None:
         stats = compiled.memory_analysis()
@@ -166,11 +166,6 @@ def _memory(trainer: Trainer, batch: dict[str, Any], compiled: Any, needed: int,
         needed += found["temporaries"] + found["program"]
         found["padding"] = needed - sum(found.values())  # of tiles; and the metrics that the step returns
     return found | {"total": needed, "hbm": available, "shortfall": max(0, needed - available)}
-
-
-def _local_bytes(tree: Any) -> int:
-    """Returns the bytes of arrays on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _parse_out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:

@@ -17,7 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
-from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
+from orbax.checkpoint import type_handlers
+from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardSave
 
 from seqpe_jax.checksums import DIGESTS_FILE, checksums_of, write_checksums
 from seqpe_jax.distributed import processes
@@ -32,6 +33,7 @@ STATE_DIR = "state"  # of a checkpoint: its arrays
 ARRAYS_WRITTEN = "async_write_complete"  # where Orbax's processes meet when each has written its arrays
 SAVE_SECONDS = 1200  # time-out of a save, to which the time for its bytes is added
 SLOWEST_RATE = 2 * 2**20  # bytes per second at which a process at least writes, and reads back, its part of a save
+REPLICA_AXIS = 0  # of a mesh: `data`, over which no array of a state is split
 
 
 def _has_no_save_traceback(record: logging.LogRecord) -> bool:
@@ -306,7 +308,7 @@ class Checkpointer:
         """
         step = self.run.require_latest_step() if step is None else step
         try:
-            return self._manager.restore(step, args=Composite(state=StandardRestore(state))).state
+            return _read(self.folder / str(step) / STATE_DIR, state)
         except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint
             raise self._unreadable(step, error) from error
 
@@ -322,21 +324,13 @@ class Checkpointer:
         """
         step = self.run.require_latest_step() if step is None else step
         path = self.folder / str(step) / STATE_DIR
-        source = epath.Path(str(path))
-        targets = {"params": params}
-        arguments = jax.tree.map(
-            lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype),
-            targets,
-        )
         try:
-            stored = ocp.PyTreeCheckpointHandler().metadata(source).tree["params"]
+            stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(str(path))).tree["params"]
         except Exception as error:  # as in `restore`
             raise self._unreadable(step, error) from error
         _check_shapes(path.parent, _shapes(stored), _shapes(params))
         try:
-            with ocp.PyTreeCheckpointer() as reader:
-                request = ocp.args.PyTreeRestore(item=targets, restore_args=arguments, partial_restore=True)
-                restored = reader.restore(source, args=request)["params"]
+            restored = _read(path, {"params": params}, partial=True)["params"]
         except Exception as error:  # as in `restore`
             raise self._unreadable(step, error) from error
         check_finite(path.parent, restored)
@@ -363,6 +357,40 @@ class Checkpointer:
         return InputError(
             f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {first}): {cure}"
         )
+
+
+def _read(path: AnyPath, targets: Any, partial: bool = False) -> Any:
+    """Returns the arrays of a saved state.
+
+    Each process reads what its devices need, each shard once. Where the mesh axis `data` lies over several processes, so that
+    they need the same shards, only those of its first index read, and send the others what they read.
+
+    Args:
+      path: the folder of the arrays.
+      targets: a tree of ShapeDtypeStructs with the shardings to restore to.
+      partial: read only the arrays of `targets`, of more that are stored.
+    """
+    options: dict[str, Any] = {}
+    arguments = ocp.ArrayRestoreArgs
+    if _replicas_on_other_processes(jax.tree.leaves(targets)[0].sharding.mesh):
+        handler = type_handlers.SingleReplicaArrayHandler(replica_axis_index=REPLICA_AXIS, primary_replica_id=0)
+        options["type_handler_registry"] = type_handlers.create_type_handler_registry((jax.Array, handler))
+        arguments = type_handlers.SingleReplicaArrayRestoreArgs
+    restore_args = jax.tree.map(
+        lambda leaf: arguments(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), targets
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as reader:
+        request = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args, partial_restore=partial)
+        return reader.restore(epath.Path(str(path)), args=request)
+
+
+def _replicas_on_other_processes(mesh: jax.sharding.Mesh) -> bool:
+    """Returns whether some processes have no device at the first index of the axis over which arrays are replicated."""
+
+    def processes(devices: np.ndarray) -> set[int]:
+        return {device.process_index for device in devices.flat}
+
+    return processes(mesh.devices[0]) != processes(mesh.devices)
 
 
 def check_finite(checkpoint: AnyPath, params: Any) -> None:

@@ -69,10 +69,17 @@ def make_optimizer(settings: Any, steps: int) -> optax.GradientTransformation:
       steps: length of the run, at which the schedule ends.
     """
     schedule = learning_rate(settings, steps)
+    mean_dtype = None if settings.state_dtype == "float32" else settings.state_dtype
 
     def chain(weight_decay: float) -> optax.GradientTransformation:
         adamw = optax.adamw(
-            schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=weight_decay, mask=decay_mask
+            schedule,
+            settings.b1,
+            settings.b2,
+            settings.epsilon,
+            mu_dtype=mean_dtype,
+            weight_decay=weight_decay,
+            mask=decay_mask,
         )
         return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
 

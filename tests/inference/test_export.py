@@ -170,18 +170,25 @@ def test_positions_past_the_table_show():
 def test_parameters_are_read_back_or_refused(tmp_path):
     tree = {"model": {"kernel": np.ones((2, 3), np.float32)}, "encoding": {}}
     serving.write_params(tmp_path, tree)
-    found = serving.read_params(tmp_path, tree)
+    held = []
+
+    def put(array, target):
+        held.append(array.shape)
+        return array
+
+    found = serving.read_params(tmp_path, tree, put)
+    assert held == [(2, 3)]
     assert trees.flatten_dict(found).keys() == {"model/kernel"} and found.keys() == tree.keys()
     assert (found["model"]["kernel"] == 1).all()
     other = {"model": {"kernel": np.ones((3, 2), np.float32)}, "encoding": {}}
     with pytest.raises(InputError, match=r"model/kernel is float32\[2, 3\], but config.json asks for float32\[3, 2\]"):
-        serving.read_params(tmp_path, other)
+        serving.read_params(tmp_path, other, put)
     with pytest.raises(InputError, match="model/bias is missing"):
-        serving.read_params(tmp_path, {"model": tree["model"] | {"bias": np.ones(3, np.float32)}})
+        serving.read_params(tmp_path, {"model": tree["model"] | {"bias": np.ones(3, np.float32)}}, put)
     path = tmp_path / serving.PARAMS_FILE
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match="cannot be read"):
-        serving.read_params(tmp_path, tree)
+        serving.read_params(tmp_path, tree, put)
 
 
 def test_a_folder_is_complete_or_absent(tmp_path):

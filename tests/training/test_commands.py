@@ -304,6 +304,9 @@ def test_the_best_checkpoint_is_retained_and_read_on_request(commands, text, tra
         (["--contexts=16,0"], ["--contexts", "'0'"]),
         (["--split=tests"], ["split", "tests"]),
         (["--lenghts=16"], ["lenghts", "lengths"]),
+        (["--config.mesh.fsdp=2"], ["mesh.fsdp=2", "1 devices"]),
+        (["--config.mesh.tensor=0"], ["mesh.tensor", "got 0"]),
+        (["--config.model.width=2"], ["--config.model.width", "trained model", "--config.mesh.*"]),
     ],
 )
 def test_evaluate_refuses_arguments(commands, trained, arguments, words):
