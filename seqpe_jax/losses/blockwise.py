@@ -104,7 +104,7 @@ def _on_devices(
         functools.partial(_on_device, vocabulary=vocabulary, num_blocks=num_blocks, gradients=gradients),
         (hidden_BLD, embedding_VD, targets_BL, weights_BL),
         (states, table, tokens, tokens),
-        (tokens, states, table) if gradients else (tokens,),
+        results=(tokens, states, table) if gradients else (tokens,),
     )
     losses_BL = results[0][:batch, :length]
     if not gradients:
