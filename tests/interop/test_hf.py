@@ -12,27 +12,17 @@ from seqpe_jax.interop import convert, load_reference
 from seqpe_jax.interop.hf import read_mapping
 from tests.interop.test_conversion import tokenizer_file
 
+pytestmark = pytest.mark.usefixtures("one_device")
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"[" * 100_000,
-        b'{"a":' * 50_000,
-        b"- " * 50_000,
-        b"a: [1",
-        b"\xff\xfe\x00",
-        b"when: 2001-99-99",
-        b"3",
-        b"",
-        b"!!python/object/apply:os.system ['true']",
-    ],
-    ids=lambda content: repr(content[:12]),
-)
-def test_what_is_no_mapping_is_refused(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(InputError, match="config.json (is neither JSON nor YAML|must hold a mapping)") as caught:
-        read_mapping(tmp_path / "config.json")
-    assert "\n" not in str(caught.value)
+
+def test_what_is_no_mapping_is_refused(tmp_path):
+    nested = (b"[" * 100_000, b'{"a":' * 50_000, b"- " * 50_000)
+    other = (b"a: [1", b"\xff\xfe\x00", b"when: 2001-99-99", b"3", b"", b"!!python/object/apply:os.system ['true']")
+    for content in nested + other:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(InputError, match="config.json (is neither JSON nor YAML|must hold a mapping)") as caught:
+            read_mapping(tmp_path / "config.json")
+        assert "\n" not in str(caught.value)
 
 
 WIDTH = 8
@@ -44,20 +34,14 @@ def hugging_face(folder, seed=0, **settings):
     tokens = settings.get("vocab_size", 40)
     state = {"wte.weight": (tokens, WIDTH), "wpe.weight": (16, WIDTH), "ln_f.weight": (WIDTH,), "ln_f.bias": (WIDTH,)}
     for layer in range(LAYERS):
-        shapes = {
-            "ln_1.weight": (WIDTH,),
-            "ln_1.bias": (WIDTH,),
-            "ln_2.weight": (WIDTH,),
-            "ln_2.bias": (WIDTH,),
-            "attn.c_attn.weight": (WIDTH, 3 * WIDTH),
-            "attn.c_attn.bias": (3 * WIDTH,),
-            "attn.c_proj.weight": (WIDTH, WIDTH),
-            "attn.c_proj.bias": (WIDTH,),
-            "mlp.c_fc.weight": (WIDTH, 4 * WIDTH),
-            "mlp.c_fc.bias": (4 * WIDTH,),
-            "mlp.c_proj.weight": (4 * WIDTH, WIDTH),
-            "mlp.c_proj.bias": (WIDTH,),
-        }
+        shapes = dict.fromkeys(("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"), (WIDTH,))
+        for name, rows, columns in (
+            ("attn.c_attn", 1, 3),
+            ("attn.c_proj", 1, 1),
+            ("mlp.c_fc", 1, 4),
+            ("mlp.c_proj", 4, 1),
+        ):
+            shapes |= {f"{name}.weight": (rows * WIDTH, columns * WIDTH), f"{name}.bias": (columns * WIDTH,)}
         state |= {f"h.{layer}.{name}": shape for name, shape in shapes.items()}
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in state.items()}

@@ -10,7 +10,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.interop import from_state_dicts, load_reference
 from tests.goldens import close, load, names, under
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
