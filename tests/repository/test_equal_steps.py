@@ -44,7 +44,7 @@ SEQPE = {
 }
 TASKS = {
     "text": ("stdlib_lm.py:alibi", TEXT | {"encoding.gate": "forget"}),
-    "questions": ("stdlib_qa.py", TEXT | SEQPE | {"model.layers": 2, "model.attention_kind": "reference"}),
+    "questions": ("stdlib_qa.py", TEXT | SEQPE | {"model.layers": 2}),
     "images": ("digits_vit.py:none", SMALL),
 }
 
