@@ -5,7 +5,7 @@
     python -m seqpe_jax.aot --config=configs/lm_1b.py --topology=v5p:4x4x4 --config.model.vocabulary=50257
 
 The sizes and the batch of a million tokens are those of GPT-3 XL (arXiv 2005.14165, table 2.1), with heads of width 128;
-20 tokens for each parameter (arXiv 2203.15556). Encoder and losses are the paper's (arXiv 2506.13277, language modelling).
+20 tokens for each parameter (arXiv 2203.15556). Encoder and losses are the paper's (arXiv 2506.13277, language modelling), with position queries and keys 16 wide.
 Hardware: written for a pod of 64 to 256 TPU chips. Time and result: not measured by this project; `aot` says what fits.
 Variants: seqpe (default), rotary, alibi, and any other encoding of texts (docs/encodings.md).
 """
@@ -49,6 +49,9 @@ def get_config(variant=None):
     c.encoding.max_position = 100_000
     c.encoding.mode = "attn_scalar"
     c.encoding.qk = "single"
+    c.encoding.feature_width = (
+        16  # with heads of 128, what cuDNN's attention takes on Hopper and later: 128 + 6 x 16 of 256
+    )
     c.encoding.width = 768
     c.encoding.heads = 12
     c.encoding.dropout = 0.1

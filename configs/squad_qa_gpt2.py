@@ -6,16 +6,17 @@
         --output=runs/squad/evaluation.json
 
 Hardware: 8 accelerators, or fewer with --config.optimizer.accumulate. Variants: the encoding of the checkpoint,
-`configs/squad_qa_gpt2.py:rotary`; seqpe_extended is as stdlib_qa.py has it (see docs/recipes.md). Never run at full size by
-this project. Source of the numbers: the authors' script text_seqpe/runs/ours_gpt2_qa.sh (4 devices, one accumulation)
-and the defaults of qa_sft.py. There the best checkpoint is looked for every 250 steps, by the perplexity of the answers
-at the training length; here each evaluation asks and answers at all lengths, so that it comes every 1000. With
---config.optimizer.accumulate=N also --config.objective.shift.sets must divide a part, 64 / N.
+`configs/squad_qa_gpt2.py:rotary`; seqpe_narrow is that of wikitext103_gpt2.py for GPUs, seqpe_extended is as stdlib_qa.py has
+it (see docs/recipes.md). Never run at full size by this project. Source of the numbers: the authors' script
+text_seqpe/runs/ours_gpt2_qa.sh (4 devices, one accumulation) and the defaults of qa_sft.py. There the best checkpoint is
+looked for every 250 steps, by the perplexity of the answers at the training length; here each evaluation asks and answers
+at all lengths, so that it comes every 1000. With --config.optimizer.accumulate=N also --config.objective.shift.sets must
+divide a part, 64 / N.
 """
 
 from seqpe_jax.config import defaults, with_encoding
 
-FORMS = {"seqpe_extended": "seqpe"}
+FORMS = {"seqpe_narrow": "seqpe", "seqpe_extended": "seqpe"}
 
 
 def get_config(variant=None):
@@ -57,6 +58,9 @@ def get_config(variant=None):
     c.objective.distillation.offsets = 32
     c.objective.shift.rate = 0.1
     c.objective.shift.sets = 64  # each sample of a shifted step has a window of its own
+    if variant == "seqpe_narrow":
+        c.encoding.feature_width = 8
+        c.model.attention_dropout = 0.0
     if variant == "seqpe_extended":
         c.encoding.qk = "multi"
         c.encoding.position_heads = 9  # three near, three middle, three far; three more see no position

@@ -5,13 +5,14 @@
     python -m seqpe_jax.evaluate --checkpoint=DIR --which=best --lengths=512,1024,2048,4096,8192,16384,32768
 
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
-Variants: seqpe (default), seqpe_extended (as stdlib_lm.py has it, see docs/recipes.md), rotary, alibi,
-and any other encoding of texts (docs/encodings.md).
+Variants: seqpe (default), seqpe_narrow (for GPUs: parts 8 wide and no dropout of attention weights, so that cuDNN's flash
+attention serves; docs/performance.md), seqpe_extended (as stdlib_lm.py has it, see docs/recipes.md), rotary, alibi, and any
+other encoding of texts (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding
 
-FORMS = {"seqpe_extended": "seqpe"}
+FORMS = {"seqpe_narrow": "seqpe", "seqpe_extended": "seqpe"}
 
 
 def get_config(variant=None):
@@ -53,6 +54,9 @@ def get_config(variant=None):
     c.objective.distillation.offsets = 32
     c.objective.shift.rate = 0.1
     c.objective.shift.sets = 64  # different windows in one shifted step, each for two samples
+    if variant == "seqpe_narrow":
+        c.encoding.feature_width = 8
+        c.model.attention_dropout = 0.0
     if variant == "seqpe_extended":
         c.encoding.qk = "multi"
         c.encoding.rotary_pairs = 16  # of 32: those whose period is shorter than the window of 512

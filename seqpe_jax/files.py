@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from seqpe_jax.gcs import RemotePath
 
 GCS_SCHEME = "gs://"
+COMPILED_DIR = "compiled"  # compiled programs, in the cache or in the folder of a run in a bucket
 AnyPath = Any  # a `pathlib.Path`, or a `gcs.RemotePath`, which has the same methods and a few more
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None

@@ -13,6 +13,7 @@ A folder that `export` or `convert` wrote has the same files, as far as they app
     stacks/           what each process was doing when the watchdog ended the run
     evaluation.json   results of `evaluate`
     owner.json        the process that trains in the folder
+    compiled/         in a bucket: compiled programs, which may be removed
     log.txt           the output of a sweep's commands
 """
 
@@ -43,6 +44,7 @@ from seqpe_jax.checksums import (
 from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.files import (
+    COMPILED_DIR,
     AnyPath,
     as_path,
     atomic_write,
@@ -659,6 +661,7 @@ OUTPUT_FILES = {
     LOG_FILE,
     EVALUATION_FILE,
     CHECKPOINTS_DIR,
+    COMPILED_DIR,
     "tensorboard",
     "profile",
     "tokenizer_config.json",

@@ -248,7 +248,39 @@ def test_variables_of_the_compile_cache_are_respected(monkeypatch, compile_setti
     assert compile_settings == {"jax_persistent_cache_min_compile_time_secs": 0.5}
 
 
-def test_freed_memory_is_reused(monkeypatch):
+@pytest.mark.parametrize(
+    "workdir, own, expected",
+    [
+        ("gs://runs/first", "", "gs://runs/first/compiled"),
+        ("gs://runs/first", "/disk", "/disk/compiled"),
+        ("runs/first", "", "/home/me/.cache/seqpe_jax/compiled"),
+    ],
+)
+def test_a_run_in_a_bucket_keeps_its_programs_there(monkeypatch, compile_settings, workdir, own, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("JAX_COMPILATION_CACHE_DIR", "SEQPE_JAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv("SEQPE_JAX_CACHE", own)
+    processes.enable_compilation_cache(workdir)
+    assert compile_settings["jax_compilation_cache_dir"] == expected
+
+
+@pytest.mark.parametrize("name", [None, *processes.GPU_MEMORY_VARIABLES])
+def test_a_gpu_gives_a_run_nine_tenths_of_its_memory(monkeypatch, name):
+    for other in processes.GPU_MEMORY_VARIABLES:
+        monkeypatch.delenv(other, raising=False)
+    processes.configure_gpu_memory()
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ, "these tests run on a CPU"
+    monkeypatch.setattr(processes, "expected_platform", lambda: "gpu")
+    if name:
+        monkeypatch.setenv(name, "0.5")
+    processes.configure_gpu_memory()
+    assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == {None: "0.9", "XLA_CLIENT_MEM_FRACTION": "0.5"}.get(name)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+
+
+def test_freed_memory_is_reused_on_a_cpu(monkeypatch):
     """One arena, no mappings, nothing returned to the system (malloc.h), unless variables configure the allocator."""
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
         monkeypatch.delenv(name)
@@ -261,6 +293,9 @@ def test_freed_memory_is_reused(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             processes.configure_malloc()
+    for platform in ("gpu", "tpu"):
+        monkeypatch.setattr(processes, "expected_platform", lambda platform=platform: platform)
+        processes.configure_malloc()
     assert len(options) == 3
 
 

@@ -3,11 +3,18 @@
 import importlib.util
 import time
 
+import jax
+import jax.monitoring
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from seqpe_jax import files
+from seqpe_jax.distributed import processes
 from seqpe_jax.errors import Failure, InputError, StoreError
 from seqpe_jax.files import as_path, check_readable, check_writable, expand_path
+
+CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
 def test_addresses_are_written_one_way():
@@ -122,3 +129,29 @@ def test_what_others_write_is_seen(store):
     assert [path.name for path in folder.iterdir()] == ["ours"]
     fsspec.filesystem("gcs", skip_instance_cache=True).pipe_file(f"{store.folder}/theirs", b"")
     assert [path.name for path in folder.iterdir()] == ["ours", "theirs"] and (folder / "theirs").is_file()
+
+
+def test_compiled_programs_are_stored_in_a_bucket(store, monkeypatch):
+    """A program is compiled once: another start finds it there. Where the bucket fails, it is compiled."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "SEQPE_JAX_CACHE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
+    before = {name: getattr(jax.config, name) for name in CACHE_OPTIONS}
+    hits = []
+    jax.monitoring.register_event_listener(
+        lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None
+    )
+    try:
+        processes.enable_compilation_cache(store.folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for expected in (0, 1):
+            compilation_cache.reset_cache()
+            assert float(jax.jit(lambda x: 3 * x + 41)(np.float32(1.0))) == 44.0
+            assert (len(hits), len(list((as_path(store.folder) / "compiled").iterdir()))) == (expected, 1)
+        compilation_cache.reset_cache()
+        store.fail(403, about="compiled")
+        with pytest.warns(UserWarning, match="compilation cache entry"):
+            assert float(jax.jit(lambda x: 3 * x + 42)(np.float32(1.0))) == 45.0
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

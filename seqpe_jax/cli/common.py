@@ -103,13 +103,15 @@ def start_processes(read: Callable[[], Config | None] = lambda: None) -> Config 
     Raises:
       InputError: raised by `read`; or the processes differ.
     """
-    from seqpe_jax.distributed import processes
+    from seqpe_jax.distributed import compiler_options, processes
 
     values = {name: flags.FLAGS[name].value for name in PROCESS_FLAGS}
     if math.isnan(values["start-timeout"]):  # which no bound of a flag refuses
         raise InputError("--start-timeout must be a number of seconds, got nan")
     own = flags.FLAGS.get_key_flags_for_module(_COMMAND[0])
     facts = {f"--{flag.name}": flag.value for flag in own if flag.name not in PROCESS_FLAGS and flag.name != "config"}
+    # Processes that compile a step differently would wait for each other's collectives.
+    facts |= compiler_options.environment_facts()
     settings = refused = None
     try:
         settings = read()

@@ -30,9 +30,10 @@ def main() -> None:
     from seqpe_jax.distributed import processes
     from seqpe_jax.training.loop import train_and_evaluate
 
+    processes.configure_gpu_memory()
     settings, workdir = common.start_processes(_settings), _WORKDIR.value
     processes.exit_on_signal()
-    processes.enable_compilation_cache()
+    processes.enable_compilation_cache(workdir)
     train_and_evaluate(settings, workdir, extend=_EXTEND.value)
 
 

@@ -415,6 +415,9 @@ class SeqPEConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     share_prefixes: bool = _field(
         True, "leading digits that positions have in common are computed once; dropout masks are then shared too"
     )
+    matmul_precision: limits.MatmulPrecision = _field(
+        "highest", "float32 products of digit encoder and qk map: 1, 3 or 6 bfloat16 passes on TPU"
+    )
     # how its vectors enter attention
     mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field(
         "attn_scalar",

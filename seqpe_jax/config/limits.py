@@ -7,7 +7,7 @@ values, and short of what overflows, takes all memory or never ends.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from seqpe_jax.errors import InputError
 
@@ -34,6 +34,10 @@ WIDTH = {"low": 1, "high": 2**16}
 OPTIONAL_WIDTH = {"low": 0, "high": 2**20}
 DEVICES = {"low": 1, "high": 2**20}
 KERNEL_BLOCK = {"low": 0, "high": 2**13}  # queries or keys
+
+# Precision of products of float32 arrays, as `jax.default_matmul_precision` names it. TPU: 1, 3 or 6 bfloat16 passes;
+# NVIDIA GPU: TF32, TF32 or float32; CPU: float32.
+MatmulPrecision = Literal["default", "high", "highest"]
 
 
 def field(default: Any, doc: str = "", **metadata: Any) -> Any:

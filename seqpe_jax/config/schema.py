@@ -314,6 +314,9 @@ class MeshConfig:
     )
     tensor: int = _field(1, "split of heads, hidden units and vocabulary", **limits.DEVICES)
     slices: int = _field(0, "TPU slices, over which data is split first; 0 = as many as there are", low=0, high=2**20)
+    compiler_options: tuple[str, ...] = _field(
+        ("auto",), "XLA options of the training step, each NAME=VALUE; auto: those of platform and mesh; () = none"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,6 +324,9 @@ class PrecisionConfig:
     """Arithmetic of the model; parameters, softmax, losses and position products are float32."""
 
     compute: Literal["float32", "bfloat16"] = _field("float32", "dtype of activations and matrix products")
+    matmul: limits.MatmulPrecision = _field(
+        "default", "compute=float32: matrix products of the network; default: one bfloat16 pass on TPU, TF32 on GPU"
+    )
     random_bits: Literal["auto", "threefry", "rbg"] = _field(
         "auto", "generator of dropout masks; auto: rbg on TPU and GPU, or as the run began"
     )

@@ -448,6 +448,12 @@ def check_heads(config: Config) -> None:
 
 def _check_mesh(config: Config) -> None:
     check_heads(config)
+    for option in config.mesh.compiler_options:
+        if option != "auto" and not re.fullmatch(r"xla_\w+=\S*", option):
+            raise InputError(
+                f"mesh.compiler_options: '{option}' must be 'auto' or NAME=VALUE with a name that starts with xla_, such as "
+                "xla_gpu_deterministic_ops=true; give the option once for each"
+            )
     if math.prod(config.grid) % config.mesh.context:
         field = "data.size" if config.is_image else "data.length"
         raise InputError(
@@ -598,6 +604,9 @@ CONDITIONS = (
         ("optimizer.encoder_weight_decay",),
         lambda config: config.encoding.HAS_VECTORS,
         "encoding.kind='seqpe', the encoding with a digit encoder",
+    ),
+    Condition(
+        ("precision.matmul",), lambda config: config.precision.compute == "float32", "precision.compute='float32'"
     ),
     Condition(("eval.stride", "eval.targets"), lambda config: bool(config.eval.contexts), "eval.contexts"),
     Condition(("profile.processes",), lambda config: bool(config.profile.steps), "profile.steps"),

@@ -1,6 +1,8 @@
 """Peak arithmetic, memory and interconnect of accelerators, by JAX device kind; utilization and peak memory."""
 
 import dataclasses
+import importlib.metadata
+import os
 import time
 
 import jax
@@ -110,6 +112,24 @@ CHIPS = {
 MEASURED = "measured on this machine just now, in float32"
 MATMUL_SIZE = 2048  # rows of a square product
 MATMUL_REPEATS = 5
+
+
+GPU_FILES = {"cuda": ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"), "rocm": ("/dev/kfd", "/dev/dxg")}
+
+
+def expected_platform() -> str:
+    """Returns the platform that JAX will take, "cpu", "gpu" or "tpu", without starting it.
+
+    Importing JAX on a TPU VM has set its platforms already.
+    """
+    chosen = (jax.config.jax_platforms or "").partition(",")[0]
+    if chosen:
+        return "gpu" if chosen in GPU_FILES else chosen
+    plugins = [plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")]
+    for name, files in GPU_FILES.items():
+        if any(name in plugin for plugin in plugins) and any(os.path.exists(file) for file in files):
+            return "gpu"
+    return "cpu"
 
 
 def find_chip(kind: str) -> Chip | None:

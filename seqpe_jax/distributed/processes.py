@@ -1,5 +1,6 @@
 """The processes of a run: initialization, barriers, preemption, abort; compile cache and memory allocator of this process."""
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -18,12 +19,23 @@ from jax._src import clusters  # JAX's own detection; `initialize` offers it onl
 from jax.experimental import multihost_utils
 
 from seqpe_jax.distributed import roll_call
+from seqpe_jax.distributed.hardware import expected_platform
 from seqpe_jax.errors import EXIT_PREEMPTED, Failure, InputError
-from seqpe_jax.files import cache_root
+from seqpe_jax.files import COMPILED_DIR, as_path, cache_root, is_remote
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 # glibc's malloc.h: M_ARENA_MAX = 1, M_MMAP_MAX = 0, M_TRIM_THRESHOLD = -1 keep all memory in one arena.
 MALLOC_OPTIONS = ((-8, 1), (-4, 0), (-1, -1))
+GPU_MEMORY_FRACTION = "0.9"  # NVIDIA's JAX-Toolbox sets 0.8 to 0.9: its libraries need the rest
+GPU_MEMORY_VARIABLES = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+    "XLA_PYTHON_CLIENT_COLLECTIVE_MEM_SIZE_MB",
+)
+# What compiles a step; of the last three a machine has one or none.
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 SHARED_FILE_SECONDS = 60.0  # for a network file system to show a new file everywhere
 
 _roll_call: roll_call.Coordinator | roll_call.Worker | None = None
@@ -131,7 +143,10 @@ def _versions() -> roll_call.Facts:
     source = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         source.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
-    libraries = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    libraries = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            libraries[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), "seqpe_jax source": source.hexdigest()[:12]} | libraries
 
 
@@ -307,22 +322,41 @@ def describe_batch(batch_size: int, shards: int) -> str:
     return f"batch {batch_size}: {devices}, {batch_size // shards} to each of {shards} groups"
 
 
-def enable_compilation_cache() -> None:
-    """Enables JAX's persistent compile cache, unless JAX's own environment variables set it."""
+def enable_compilation_cache(workdir: str = "") -> None:
+    """Enables JAX's persistent compile cache, unless JAX's own environment variables set it.
+
+    It is in $SEQPE_JAX_CACHE, else in a run folder that is in a bucket, where a new machine finds it, else in ~/.cache.
+
+    Args:
+      workdir: folder of the run that this process trains; "" = none.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
+        in_bucket = is_remote(workdir) and "SEQPE_JAX_CACHE" not in os.environ
+        folder = as_path(workdir) if in_bucket else cache_root()
+        jax.config.update("jax_compilation_cache_dir", str(folder / COMPILED_DIR))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def configure_gpu_memory() -> None:
+    """Sets the fraction of a GPU's memory that JAX allocates; called before devices are initialized.
+
+    JAX's default of 75% leaves memory idle next to one training run. Without effect on other platforms, or if the environment
+    configures JAX's allocator.
+    """
+    if expected_platform() == "gpu" and not any(name in os.environ for name in GPU_MEMORY_VARIABLES):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = GPU_MEMORY_FRACTION
 
 
 def configure_malloc() -> None:
     """Configures glibc to retain freed memory; called before devices are initialized, whose threads have own arenas.
 
     On a CPU, XLA allocates the temporary arrays of a program at each call. glibc would get those hundreds of megabytes from
-    the kernel and return them each time, and clearing their pages takes a sixth of a training step. Without effect if
-    there is no glibc or the environment configures its allocator.
+    the kernel and return them each time, and clearing their pages takes a sixth of a training step. Without effect on other
+    platforms, whose arrays are not in this memory and whose many threads would wait for one arena; or if there is no glibc
+    or the environment configures its allocator.
     """
-    set_option = _allocator("mallopt")
+    set_option = _allocator("mallopt") if expected_platform() == "cpu" else None
     if set_option is not None:
         for option, value in MALLOC_OPTIONS:
             set_option(option, value)

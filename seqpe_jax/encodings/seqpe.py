@@ -143,7 +143,8 @@ class SeqPE(nn.Module):
             indices = tuple(jnp.moveaxis(positions_RA // self.table_stride, -1, 0))
             return jnp.asarray(self.table).at[indices].get(mode="fill", fill_value=jnp.nan)
         max_nodes = self._max_nodes(positions_RA, structures)
-        return self.encoder(positions_RA, max_nodes=max_nodes, deterministic=deterministic)
+        with jax.default_matmul_precision(self.config.matmul_precision):
+            return self.encoder(positions_RA, max_nodes=max_nodes, deterministic=deterministic)
 
     def _max_nodes(self, positions_RA: jax.Array, structures: Sequence[PositionStructure]) -> tuple[int, ...] | None:
         """Nodes per level of a trie of shared prefixes; None if the trie would save little or nothing."""
@@ -197,7 +198,8 @@ class SeqPE(nn.Module):
         """
         config = self.config
         if config.qk != "none":
-            query, key = jnp.split(self.qk_map(vectors), 2, axis=-1)
+            with jax.default_matmul_precision(config.matmul_precision):
+                query, key = jnp.split(self.qk_map(vectors), 2, axis=-1)
         elif self.dims.compat.qk_halves:
             query, key = jnp.split(vectors, 2, axis=-1)
         else:

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from seqpe_jax.losses.task import cross_entropy
 
 
+def dot_products(subscripts: str, *arrays: jax.Array) -> jax.Array:
+    """Returns an einsum of vectors or of position queries and keys at float32 precision, which TPU and GPU do not default to."""
+    return jnp.einsum(subscripts, *arrays, precision=jax.lax.Precision.HIGHEST)
+
+
 def contrastive_loss(
     anchors_BE: jax.Array,
     candidates_BCE: jax.Array,
@@ -38,7 +43,7 @@ def contrastive_loss(
     batch, num_candidates, _ = candidates_BCE.shape
     anchors = anchors_BE.reshape(batch, heads or 1, -1)
     candidates = candidates_BCE.reshape(batch, num_candidates, heads or 1, -1)
-    logits_HBC = scale * jnp.einsum("bhf,bchf->hbc", anchors, candidates)
+    logits_HBC = scale * dot_products("bhf,bchf->hbc", anchors, candidates)
     return contrastive_logits_loss(logits_HBC, labels_B, label_smoothing=label_smoothing, floor=floor)
 
 
@@ -91,7 +96,7 @@ def distillation_loss(
     def similarities(vectors_BME: jax.Array) -> jax.Array:
         batch, count, _ = vectors_BME.shape
         vectors = vectors_BME.reshape(batch, count, heads or 1, -1)
-        return scale * jnp.einsum("bmhf,bnhf->bhmn", vectors, vectors)
+        return scale * dot_products("bmhf,bnhf->bhmn", vectors, vectors)
 
     return distillation_logits_loss(
         similarities(teacher_BME), similarities(student_BME), metric=metric, beta=beta, reduction=reduction

@@ -19,6 +19,7 @@ from seqpe_jax.losses.position import (
     contrastive_loss,
     distillation_logits_loss,
     distillation_loss,
+    dot_products,
 )
 from seqpe_jax.losses.sample_positions import SampledPositions, may_perturb, sample_positions
 from seqpe_jax.losses.task import ClassificationLoss, NetworkCall, NextTokenLoss
@@ -247,7 +248,7 @@ class TrainLoss:
         query, _ = self._query_key(params, anchors_BE)
         _, key = self._query_key(params, candidates_RE)
         key = key.reshape(*key.shape[:-3], batch, -1, *key.shape[-2:])
-        logits = settings.scale * jnp.einsum("...bhf,...bchf->...hbc", query, key)
+        logits = settings.scale * dot_products("...bhf,...bchf->...hbc", query, key)
         if settings.head_scales:
             logits = logits * jnp.array(settings.head_scales)[:, None, None]
         return contrastive_logits_loss(logits, labels_B, **options)
@@ -261,7 +262,7 @@ class TrainLoss:
 
         def similarities(vectors_BME: jax.Array) -> jax.Array:
             query, key = self._query_key(params, vectors_BME)
-            return settings.scale * jnp.einsum("...bmhf,...bnhf->...bhmn", query, key)
+            return settings.scale * dot_products("...bmhf,...bnhf->...bhmn", query, key)
 
         return distillation_logits_loss(similarities(teacher_BME), similarities(student_BME), **options)
 

@@ -244,6 +244,11 @@ def check_encoding(config: Config) -> None:
     config.encoding.build(config.dims)
 
 
+def matmul_precision(config: Config) -> str:
+    """Returns the precision of the network's products, which is read for float32 arrays alone; kernels refuse it for others."""
+    return config.precision.matmul if config.precision.compute == "float32" else "default"
+
+
 def position_grid_of(config: Config) -> PositionGrid:
     """Returns the positions of a config's windows and grids."""
     resolution, grid = config.encoding.position_resolution, config.grid
@@ -276,6 +281,7 @@ def _network(config: Config, data_spec: DataSpec) -> GPT2 | ViT:
         context_attention=config.mesh.context_attention,
         scan=model.scan,
         dtype=jnp.dtype(config.precision.compute),
+        matmul_precision=matmul_precision(config),
         gate="" if encoding.gate == "none" else encoding.gate,
         gate_bias_init=encoding.gate_bias_init,
     )

@@ -7,10 +7,10 @@ from flax import linen as nn
 from seqpe_jax.axes import BATCH, LENGTH, OUTER_BATCH, PARAM_SHARDS, VOCABULARY, WIDTH, with_logical_constraint
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.models.attention import KVCache, position_logits
-from seqpe_jax.models.transformer import TransformerConfig, make_blocks, run_block, run_blocks
+from seqpe_jax.models.transformer import Network, make_blocks, run_block, run_blocks
 
 
-class GPT2(nn.Module):
+class GPT2(Network):
     """A causal language model (Radford et al. 2019).
 
     Attributes:
@@ -19,7 +19,6 @@ class GPT2(nn.Module):
       tied: logits are products with the token embedding, else with an output embedding.
     """
 
-    config: TransformerConfig
     vocabulary: int
     tied: bool = True
 

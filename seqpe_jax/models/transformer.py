@@ -67,6 +67,7 @@ class TransformerConfig:
       layer_norm_epsilon: added to the variance.
       init_std: standard deviation of normal initial weights.
       dtype: dtype of the arithmetic; parameters are float32.
+      matmul_precision: precision of products of float32 arrays, as `jax.default_matmul_precision` names it.
       remat: recomputation in the backward pass: "none", "full" (whole blocks), "dots" (all but matrix products
         and attention kernels) or "offload" (these are saved in host memory).
       attention_kind: "auto" or one of `attention_dispatch.BACKENDS`.
@@ -92,6 +93,7 @@ class TransformerConfig:
     layer_norm_epsilon: float = 1e-5
     init_std: float = 0.02
     dtype: Any = jnp.float32
+    matmul_precision: str = "default"
     remat: str = "none"
     attention_kind: str = "auto"
     attention_block: int = 0
@@ -107,6 +109,21 @@ class TransformerConfig:
     def head_width(self) -> int:
         """K, the size of a head."""
         return self.width // self.heads
+
+
+class Network(nn.Module):
+    """Base class of networks, whose products of float32 arrays have the precision of their config.
+
+    Attributes:
+      config: hyperparameters.
+    """
+
+    config: TransformerConfig
+
+    def apply(self, *arguments: Any, **options: Any) -> Any:
+        """Returns the result of a method, as `nn.Module.apply` does."""
+        with jax.default_matmul_precision(self.config.matmul_precision):
+            return super().apply(*arguments, **options)
 
 
 class Linear(nn.Module):

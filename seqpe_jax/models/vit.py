@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.transformer import TransformerConfig, make_blocks, run_block, run_blocks
+from seqpe_jax.models.transformer import Network, make_blocks, run_block, run_blocks
 
 
 def extract_patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
@@ -35,7 +35,7 @@ def extract_patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
     return ordered.reshape(batch, math.prod(split_sides[0::2]), math.prod(patch) * channels)
 
 
-class ViT(nn.Module):
+class ViT(Network):
     """A vision transformer with a class token (Dosovitskiy et al. 2021), in timm's form as in the PyTorch reference.
 
     Initial weights are normal, those of residual projections too; the reference truncates them at +-2, which is a hundred
@@ -48,7 +48,6 @@ class ViT(nn.Module):
       patch: sides of a patch, in pixels (and frames).
     """
 
-    config: TransformerConfig
     classes: int
     patch: tuple[int, ...]
 

@@ -9,7 +9,7 @@ from seqpe_jax.checksums import checksums_of
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import EOS_FILES
 from seqpe_jax.errors import InputError, check_utf8_name
-from seqpe_jax.files import AnyPath, free_space, is_remote
+from seqpe_jax.files import COMPILED_DIR, AnyPath, free_space, is_remote
 from seqpe_jax.run_dir import (
     CHECKPOINTS_DIR,
     CLASS_NAMES_FILE,
@@ -121,9 +121,8 @@ def check_same_run(settings: Config, run: RunDir, step: int | None, extend: bool
     """
     check_utf8_name(run.path.absolute(), "a folder with checkpoints (--workdir)")
     if not run.exists:
-        if run.path.exists() and (
-            not run.path.is_dir() or any(path.name not in (LOG_FILE, OWNER_FILE) for path in run.path.iterdir())
-        ):
+        early = (LOG_FILE, OWNER_FILE, COMPILED_DIR)  # written before config.json
+        if run.path.exists() and (not run.path.is_dir() or any(path.name not in early for path in run.path.iterdir())):
             raise InputError(f"workdir {run} holds other files but no config.json: choose a new or empty folder")
         return
     values = run.config_values

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from seqpe_jax import axes
 from seqpe_jax.config import Config
-from seqpe_jax.distributed import processes
+from seqpe_jax.distributed import compiler_options, processes
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress, with_mesh
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.attention_context import make_plan
 from seqpe_jax.models.attention_inputs import AttentionInputs
-from seqpe_jax.models.build import ModelSpec, Params, Shape, check_encoding, model_flops
+from seqpe_jax.models.build import ModelSpec, Params, Shape, check_encoding, matmul_precision, model_flops
 from seqpe_jax.run_dir import check_best_metric
 from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.training import optimizer as optimizers
@@ -40,6 +40,7 @@ class Trainer:
       init_fn: () -> state at step 0; one function for its shapes and its values, so that JAX traces it once.
       abstract_state: shapes, dtypes and shardings of the state.
       unsharded_dims: dimensions that the mesh was to split and cannot.
+      notes: lines for the user about what the machine does not offer.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Trainer:
     init_fn: Callable[[], TrainState]
     abstract_state: TrainState
     unsharded_dims: tuple[layout.UnshardedDim, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -87,7 +89,9 @@ class Trainer:
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
         init_fn = _make_init_fn(model_spec, optimizer, config.seed)
         abstract_state, unsharded_dims = layout.abstract_state_with_shardings(mesh, jax.eval_shape(init_fn))
-        return cls(config, mesh, task, train_loss, optimizer, init_fn, abstract_state, tuple(unsharded_dims))
+        config, note = _with_compiler_options(config, mesh, abstract_state.params["model"])
+        notes = (note,) if note else ()
+        return cls(config, mesh, task, train_loss, optimizer, init_fn, abstract_state, tuple(unsharded_dims), notes)
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -131,8 +135,15 @@ class Trainer:
             skip=self.config.optimizer.non_finite == "skip",
             project=optimizers.projection(self.model_spec.param_bounds),
         )
+
+        @functools.wraps(step)
+        def precise_step(state: TrainState, batch: dict[str, jax.Array]) -> Any:
+            # `Network.apply` does so too, but the backward pass of flash attention is traced outside of it.
+            with jax.default_matmul_precision(matmul_precision(self.config)):
+                return step(state, batch)
+
         outputs = (self._state_shardings, layout.replicated(self.mesh))
-        return jax.jit(step, donate_argnums=0, out_shardings=outputs, compiler_options=self._compiler_options)
+        return jax.jit(precise_step, donate_argnums=0, out_shardings=outputs, compiler_options=self._compiler_options)
 
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """Returns an iterator over (step, global batch) from a step on, prefetched in the background.
@@ -168,6 +179,9 @@ class Trainer:
         ]
         if self.unsharded_dims:
             lines.append(layout.describe_unsharded(self.unsharded_dims))
+        if self.config.mesh.compiler_options:
+            lines.append(f"XLA options: {' '.join(self.config.mesh.compiler_options)}")
+        lines += self.notes
         return "\n  ".join(lines)
 
     @property
@@ -175,11 +189,16 @@ class Trainer:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     @property
-    def _compiler_options(self) -> dict[str, bool] | None:
-        """Compiler options with which each TPU generates only its part of an rbg dropout mask; masks then depend on the mesh."""
+    def _compiler_options(self) -> compiler_options.Options | None:
+        """Those of the config, and one with which each TPU generates only its part of an rbg dropout mask.
+
+        Masks then depend on the mesh.
+        """
+        options = compiler_options.parse_options(self.config.mesh.compiler_options)
         on_tpu = self.mesh.devices.flat[0].platform == "tpu"
-        partition = on_tpu and self.mesh.size > 1 and self.config.precision.random_bits == "rbg"
-        return {"xla_tpu_spmd_rng_bit_generator_unsafe": True} if partition else None
+        if on_tpu and self.mesh.size > 1 and self.config.precision.random_bits == "rbg":
+            options = {"xla_tpu_spmd_rng_bit_generator_unsafe": True} | options
+        return options or None
 
 
 def best_metric(config: Config) -> str:
@@ -206,6 +225,26 @@ def _make_init_fn(model_spec: ModelSpec, optimizer: Any, seed: int) -> Callable[
         return create_train_state(model_spec.init(key), optimizer, key)
 
     return init_fn
+
+
+def _with_compiler_options(config: Config, mesh: jax.sharding.Mesh, params: Params) -> tuple[Config, str]:
+    """Returns a config with the compiler options of its mesh in place of "auto", and a line about those left out, or "".
+
+    Raises:
+      InputError: the compiler refuses an option.
+    """
+    device = mesh.devices.flat[0]
+    blocks = {name: value for name, value in params.items() if name.startswith("blocks")}
+    automatic = compiler_options.platform_options(
+        device.platform,
+        device.device_kind,
+        devices=mesh.size,
+        slices=len({getattr(one, "slice_index", 0) for one in mesh.devices.flat}),
+        layer_params=num_params(blocks) // config.model.layers,
+        compute_bytes=jnp.dtype(config.precision.compute).itemsize,
+    )
+    options, note = compiler_options.resolve(config.mesh.compiler_options, automatic, device)
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, compiler_options=options)), note
 
 
 def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.MeshSharding) -> None:

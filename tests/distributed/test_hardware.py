@@ -1,5 +1,7 @@
 """Published figures of chips by JAX's device kind, utilization and peak memory."""
 
+import types
+
 import pytest
 
 from seqpe_jax.distributed import hardware
@@ -80,3 +82,23 @@ def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
     assert hardware.peak_memory() == 7
     monkeypatch.setattr(hardware.jax, "local_devices", lambda: [Device("a"), Device("b", {})])
     assert hardware.peak_memory() is None
+
+
+@pytest.mark.parametrize(
+    "chosen, plugins, files, expected",
+    [
+        ("tpu,cpu", [], [], "tpu"),
+        ("cuda", [], [], "gpu"),
+        ("cpu", ["xla_cuda13"], ["/dev/nvidia0"], "cpu"),
+        (None, ["xla_cuda13"], ["/dev/nvidia0"], "gpu"),
+        (None, ["xla_rocm7"], ["/dev/kfd"], "gpu"),
+        (None, ["xla_cuda13"], ["/dev/kfd"], "cpu"),
+        (None, [], ["/dev/nvidia0"], "cpu"),
+    ],
+)
+def test_the_platform_is_known_before_jax_starts(chosen, plugins, files, expected, monkeypatch):
+    monkeypatch.setattr(hardware.jax, "config", types.SimpleNamespace(jax_platforms=chosen))
+    entries = [types.SimpleNamespace(name=name) for name in plugins]
+    monkeypatch.setattr(hardware.importlib.metadata, "entry_points", lambda group: entries)
+    monkeypatch.setattr(hardware.os.path, "exists", files.__contains__)
+    assert hardware.expected_platform() == expected

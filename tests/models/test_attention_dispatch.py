@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.models import attention_cudnn, attention_dispatch, attention_tpu
 from seqpe_jax.models.attention_inputs import AttentionInputs, reference_attention
@@ -216,6 +217,28 @@ def test_narrow_features_with_heads_of_64_are_cudnns_on_hopper(position_query_ke
     position_query, position_key = (np.asarray(field, np.float64) for field in inputs.position_query_key)
     logits = np.einsum("blhk,bshk->bhls", plain_q, plain_k) + np.einsum("blhf,bshf->bhls", position_query, position_key)
     np.testing.assert_allclose(np.einsum("blhk,bshk->bhls", query, key), logits, atol=2e-5 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize(
+    "page, hopper, ampere",
+    [
+        ("lm_1b", "cudnn", "blocks 512"),
+        ("wikitext103_gpt2:seqpe_narrow", "cudnn", "cudnn"),
+        ("squad_qa_gpt2:seqpe_narrow", "cudnn", "cudnn"),
+        ("wikitext103_gpt2", "blocks 512", "blocks 512"),
+    ],
+)
+def test_recipes_for_gpus_have_cudnns_attention(page, hopper, ampere):
+    settings = config.load(f"configs/{page.partition(':')[0]}.py:{page.partition(':')[2]}".rstrip(":"))
+    model, narrow = settings.model, settings.encoding.feature_width or settings.model.width // settings.model.heads
+    inputs = shapes(
+        settings.data.length,
+        width=model.width // model.heads,
+        position_query_key=narrow,
+        drop=model.attention_dropout > 0,
+        dtype=jnp.dtype(settings.precision.compute),
+    )
+    assert (chosen(H200, inputs), chosen(A100, inputs)) == (hopper, ampere)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import tempfile
 
 import pytest
 
+from seqpe_jax.distributed.compiler_options import TPU_OVERLAP, format_options
 from seqpe_jax.errors import InputError
 from seqpe_jax.profiling import aot
 from tests.commands import ROOT, Commands
@@ -172,6 +173,7 @@ LIBTPU = """
 import jax
 
 from seqpe_jax import config
+from seqpe_jax.distributed import compiler_options as options
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.profiling import aot
 from seqpe_jax.training.trainer import Trainer
@@ -198,6 +200,14 @@ batch = {
 }
 text = run.jit_train_step().lower(run.abstract_state, batch).compile().as_text()
 print("kernels", text.count('custom_call_target="tpu_custom_call"'))
+products = [line for line in text.splitlines() if " convolution(" in line or " dot(" in line]
+of_encoder = ["encoder" in line for line in products]
+exact = ["operand_precision={highest,highest}" in line for line in products]
+print("encoder exact", sum(of_encoder) > 3 and all(one for one, own in zip(exact, of_encoder) if own))
+print("network fast", sum(not one for one, own in zip(exact, of_encoder) if not own) > 3)
+known = options.format_options(options.TPU_OVERLAP | options.TPU_SLICES)
+print("refused", *options.refused_options(known + ("xla_tpu_no_such=true",), run.mesh.devices.flat[0]))
+print("compiled with", *run.config.mesh.compiler_options)
 """
 # Without the losses on vectors, which compile longest and hold no kernel.
 FIELDS = {
@@ -229,3 +239,7 @@ def test_slices_and_kernels_on_libtpu(libtpu):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "kernels 6" in done.stdout
+    assert "encoder exact True" in done.stdout and "network fast True" in done.stdout
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("refused", "compiled")))
+    assert lines["refused"] == "xla_tpu_no_such", "libtpu knows the options of slices"
+    assert lines["compiled"].split()[1:] == list(format_options(TPU_OVERLAP))
