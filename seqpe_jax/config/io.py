@@ -590,6 +590,8 @@ def mesh_from_values(config: Config, values: Mapping[str, Any]) -> Config:
     Raises:
       InputError: a field or value that no mesh has, or that has no effect, or heads that do not divide over mesh.tensor.
     """
+    if "compiler_options" in values:
+        raise InputError("mesh.compiler_options is of the training step, and this command makes none: leave it out")
     mesh = _build(MeshConfig, dict(values), "mesh.")
     _check_ranges(mesh, "mesh.")
     config = dataclasses.replace(config, mesh=mesh)

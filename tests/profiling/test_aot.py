@@ -230,7 +230,8 @@ FIELDS = {
 def test_slices_and_kernels_on_libtpu(libtpu):
     """What `tests/tpu_slices.py` says of every slice, by which meshes are tested where libtpu is not.
 
-    The attention kernels of a step: forward, gradient of queries, gradient of keys, for each of a device's two chunks.
+    The attention kernel in a step: forward, gradient of queries, gradient of keys, of the device's own heads and queries.
+    The encoder's products are of float32 precision, the network's are not. libtpu knows the compiler options of slices.
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     if libtpu:
@@ -238,7 +239,7 @@ def test_slices_and_kernels_on_libtpu(libtpu):
     command = [sys.executable, "-c", LIBTPU.replace("FIELDS", repr(FIELDS))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "kernels 6" in done.stdout
+    assert "kernels 6" in done.stdout, "three for each half of a device's queries"
     assert "encoder exact True" in done.stdout and "network fast True" in done.stdout
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("refused", "compiled")))
     assert lines["refused"] == "xla_tpu_no_such", "libtpu knows the options of slices"
