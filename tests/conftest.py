@@ -68,13 +68,15 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     running.close()
 
 
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first device alone, for which programs compile sooner than for eight."""
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """Runs and models use the first device alone, for which they compile sooner than for all eight."""
     import jax
 
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        yield
 
 
 @pytest.fixture(scope="session")

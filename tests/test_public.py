@@ -61,47 +61,57 @@ def test_apply_position_signal_equals_attend(kind):
     positions_PLA = jnp.arange(24).reshape(1, 24, 1) + jnp.array([0, 40])[:, None, None]
 
     @jax.jit
-    def first_signal(key):
-        return model_spec.signal(model_spec.init(key), positions_PLA, (24,)).at_layer(0)
+    def outputs():
+        """Of `attend`, of JAX's attention, and of `attend` without positions."""
+        key = jax.random.PRNGKey(0)
+        signal = model_spec.signal(model_spec.init(key), positions_PLA, (24,)).at_layer(0)
+        q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 4, 24, 2, 12))
+        transformed = apply_position_signal(q, k, v, signal)
+        found = jax.nn.dot_product_attention(*transformed, scale=1.0, is_causal=True)[..., :12]
+        return attend(q, k, v, signal), found, attend(q, k, v, PositionSignal())
 
-    signal = first_signal(jax.random.PRNGKey(0))
-    q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 4, 24, 2, 12))
-    expected = attend(q, k, v, signal)
-    transformed = apply_position_signal(q, k, v, signal)
-    found = jax.nn.dot_product_attention(*transformed, scale=1.0, is_causal=True)[..., :12]
+    expected, found, plain = outputs()
     np.testing.assert_allclose(found, expected, atol=1e-6)
     if kind not in ("none", "sinusoidal"):
-        assert float(jnp.abs(expected - seqpe_jax.attend(q, k, v, PositionSignal())).max()) > 1e-3
+        assert np.abs(expected - plain).max() > 1e-3
 
 
 def test_shapes_are_what_the_types_say():
     q, k, v = jnp.zeros((1, 3, 2, 8)), jnp.zeros((1, 5, 2, 8)), jnp.zeros((1, 5, 2, 4))
-    assert attend(q, k, v, PositionSignal()).shape == (1, 3, 2, 4)
+    assert jax.eval_shape(attend, q, k, v, PositionSignal()).shape == (1, 3, 2, 4)
     for wrong in ((q, k, q), (q, k[..., :4], v), (q[0], k, v), (q.astype(int), k, v)):
         with pytest.raises(jaxtyping.TypeCheckError):
             attend(*wrong, PositionSignal())
 
 
 def test_features_stay_float32_with_bfloat16_queries():
-    encoding = seqpe_jax.SeqPE.for_model(**SIZES)
-    signal = jax.jit(encoding.init_with_output)(jax.random.PRNGKey(0), jnp.arange(8))[0].at_layer(0)
-    q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 1, 8, 2, 8), jnp.bfloat16)
-    assert {array.dtype for array in seqpe_jax.apply_position_signal(q, k, v, signal)} == {jnp.dtype("float32")}
+    encoding, qkv = seqpe_jax.SeqPE.for_model(**SIZES), jax.ShapeDtypeStruct((1, 8, 2, 8), jnp.bfloat16)
+
+    def features(q, k, v):
+        signal = encoding.init_with_output(jax.random.PRNGKey(0), jnp.arange(8))[0].at_layer(0)
+        return seqpe_jax.apply_position_signal(q, k, v, signal)
+
+    assert {array.dtype for array in jax.eval_shape(features, qkv, qkv, qkv)} == {jnp.dtype("float32")}
+    q = jnp.zeros(qkv.shape)
     with pytest.raises(InputError, match="bias"):
-        seqpe_jax.apply_position_signal(q, k, v, PositionSignal(bias=jnp.zeros((1, 8, 8))))
+        seqpe_jax.apply_position_signal(q, q, q, PositionSignal(bias=jnp.zeros((1, 8, 8))))
 
 
 def test_an_encoding_for_a_model_of_one_s_own_reads_positions_of_any_form():
     encoding = seqpe_jax.SeqPE.for_model(**SIZES)
-    params = jax.jit(encoding.init)(jax.random.PRNGKey(0), jnp.arange(8))
-    apply = jax.jit(encoding.apply)
-    one, two, three = (apply(params, jnp.arange(40).reshape(shape)) for shape in ((40,), (40, 1), (1, 40, 1)))
+
+    @jax.jit
+    def signals():
+        params = encoding.init(jax.random.PRNGKey(0), jnp.arange(8))
+        return [encoding.apply(params, jnp.arange(40).reshape(shape)) for shape in ((40,), (40, 1), (1, 40, 1))]
+
+    one, two, three = signals()
     assert one.position_query_key[0].shape == (2, 1, 40, 2, 8)
     jax.tree.map(np.testing.assert_array_equal, one, two)
     jax.tree.map(np.testing.assert_array_equal, one, three)
     grid = seqpe_jax.SeqPE.for_model(**SIZES, axes=2, qk="single")
     positions_LA = jnp.stack(jnp.meshgrid(jnp.arange(3), jnp.arange(4), indexing="ij"), -1).reshape(-1, 2)
-    signal = jax.jit(grid.init_with_output)(jax.random.PRNGKey(0), positions_LA)[0]
+    signal = jax.eval_shape(lambda: grid.init_with_output(jax.random.PRNGKey(0), positions_LA)[0])
     assert signal.position_query_key[0].shape == (1, 12, 2, 8)
 
 
@@ -110,12 +120,20 @@ def test_position_losses_are_those_of_the_objective_and_train_the_encoder(axes, 
     encoding = seqpe_jax.SeqPE.for_model(**SIZES, axes=axes)
     params = jax.jit(encoding.init)(jax.random.PRNGKey(0), jnp.zeros((4, axes), jnp.int32))
     key = jax.random.PRNGKey(1)
-    losses = jax.jit(lambda params, step: seqpe_jax.position_losses(encoding, params, key, step, window=window))
-    first, again, later = losses(params, 0), losses(params, 0), losses(params, 1)
+
+    @jax.jit
+    def losses_and_gradient(params, step):
+        def loss(params):
+            losses = seqpe_jax.position_losses(encoding, params, key, step, window=window)
+            return sum(losses.values()), losses
+
+        gradient, losses = jax.grad(loss, has_aux=True)(params)
+        return losses, gradient
+
+    (first, gradient), (again, _), (later, _) = (losses_and_gradient(params, step) for step in (0, 0, 1))
     assert set(first) == {"contrastive", "distillation"}
     assert all(value.shape == () and np.isfinite(value) and value > 0 for value in first.values())
     assert first == again and first["contrastive"] != later["contrastive"]
-    gradient = jax.jit(jax.grad(lambda params: sum(losses(params, 0).values())))(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["params"]["encoder"]["digit_embedding"]))
     alone = ObjectiveConfig(
         contrastive=ContrastiveConfig(weight=0.0), distillation=DistillationConfig(batch=2, offsets=4)

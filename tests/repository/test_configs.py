@@ -312,9 +312,7 @@ def shrunken(name, folder):
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=() if one in RUN_FAST else pytest.mark.slow) for one in RUN])
-def test_a_variant_takes_two_steps(name, tmp_path, monkeypatch):
-    on_one_device = functools.partial(Trainer.of, devices=jax.devices()[:1])  # compiles sooner than for eight
-    monkeypatch.setattr(Trainer, "of", on_one_device)
+def test_a_variant_takes_two_steps(name, tmp_path, monkeypatch, one_device):
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     settings = shrunken(name, tmp_path)
     train(settings, tmp_path / "run")
@@ -327,10 +325,10 @@ def test_a_variant_takes_two_steps(name, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRACED)
-def test_the_step_of_a_variant_is_traced(name, tmp_path, monkeypatch):
+def test_the_step_of_a_variant_is_traced(name, tmp_path, monkeypatch, one_device):
     """On a batch of its own data."""
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
-    trainer = Trainer.of(shrunken(name, tmp_path), jax.devices()[:1])
+    trainer = Trainer.of(shrunken(name, tmp_path))
     _, batch = next(trainer.batches(0))
     _, metrics = jax.eval_shape(trainer.jit_train_step(), trainer.abstract_state, batch)
     has_vectors = trainer.config.encoding.HAS_VECTORS
