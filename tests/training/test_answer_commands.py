@@ -13,7 +13,7 @@ from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
 from seqpe_jax.training.loop import train_and_evaluate
 from tests.commands import CONFIG, train_arguments
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
+pytestmark = pytest.mark.slow
 
 PLAIN = {
     "objective__contrastive__weight": 0,

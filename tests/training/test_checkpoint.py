@@ -134,9 +134,23 @@ def largest(folder):
     return max(files_of(folder / "state"), key=lambda path: path.stat().st_size)
 
 
-def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_is_used(saved):
-    """Other damage: test_damage.py."""
-    flip(largest(saved / "checkpoints" / "6"))
+DAMAGE = {
+    "a byte flipped": lambda step: flip(largest(step), largest(step).stat().st_size // 2),
+    "an array gone": lambda step: largest(step).unlink(),
+    "checksums gone": lambda step: (step / DIGESTS_FILE).unlink(),
+    "checksums gone and step 4's files in its place": lambda step: (
+        shutil.copytree(step.with_name("4"), step, dirs_exist_ok=True),
+        (step / DIGESTS_FILE).unlink(),
+    ),
+    "renamed to another step": lambda step: step.rename(step.with_name("9")),
+    "an empty folder as a later step": lambda step: (shutil.rmtree(step), step.with_name("30").mkdir()),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_is_used(saved, how):
+    DAMAGE[how](saved / "checkpoints" / "6")
+    assert {run.latest_valid_step()[0] for run in Together(2).check(saved)} == {4}
     before = {path.read_bytes() for path in files_of(saved)}
     mesh = layout.make_mesh(8, 1)
     checkpoints = Checkpointer(saved, create=False)

@@ -15,7 +15,7 @@ from seqpe_jax.training.loop import train_and_evaluate
 from tests.tiny import older, tiny_config
 from tests.training.test_commands import refused
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
+pytestmark = pytest.mark.slow
 
 DIGITS = "configs/digits_vit.py"
 TINY = {
