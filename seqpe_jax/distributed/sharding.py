@@ -45,8 +45,9 @@ BATCH_AXES = ("data", "fsdp")
 ACTIVATION_RULES = {
     BATCH: BATCH_AXES,
     LENGTH: ("context",),
-    ENCODER_ROWS: AXES,
-    POSITIONS: ("data", "fsdp", "context"),
+    # The part of a sequence comes first, so that its positions are whole parts of what the devices of `context` gather.
+    ENCODER_ROWS: ("context", "data", "fsdp", "tensor"),
+    POSITIONS: ("context", "data", "fsdp"),
     HEADS: ("tensor",),
     MLP: ("tensor",),
     VOCABULARY: ("tensor",),

@@ -205,11 +205,19 @@ class TrainLoss:
     def _encode(
         self, params: Params, rows: list[EncoderRows], dropout_key: jax.Array, positions_from_batch: bool
     ) -> list[jax.Array]:
-        """Returns the vectors [R, E] of each element of `rows`, from one call with rows sharded over the devices."""
-        positions = [part.positions.reshape(-1, part.positions.shape[-1]) for part in rows]
-        positions_RA = jnp.concatenate(positions)
-        num_rows, num_shards = len(positions_RA), shards(ENCODER_ROWS)
-        positions_RA = jnp.pad(positions_RA, ((0, -num_rows % num_shards), (0, 0)))
+        """Returns the vectors [R, E] of each element of `rows`, from one call with rows sharded over the devices.
+
+        Each shard has an equal part of the windows, which stays where it is, and one of the other rows, which are few and
+        gathered.
+        """
+        axes, num_shards = rows[0].positions.shape[-1], shards(ENCODER_ROWS)
+        windows_RA, *others = (part.positions.reshape(-1, axes) for part in rows)
+        by_shard = [
+            jnp.pad(part_RA, ((0, -len(part_RA) % num_shards), (0, 0))).reshape(num_shards, -1, axes)
+            for part_RA in (windows_RA, *([jnp.concatenate(others)] if others else []))
+        ]
+        window_rows = by_shard[0].shape[1]
+        positions_RA = jnp.concatenate(by_shard, axis=1).reshape(-1, axes)
         # Groups describe all rows together, not those of one shard.
         structures = () if positions_from_batch or num_shards > 1 else [part.structure for part in rows]
         leaves, tree = jax.tree.flatten(params)
@@ -232,9 +240,14 @@ class TrainLoss:
             (positions_RA, jnp.arange(num_shards), dropout_key, *leaves),
             ((ENCODER_ROWS, None), (ENCODER_ROWS,), *replicated),
         )
-        vectors_RE = with_logical_constraint(vectors_RE, ENCODER_ROWS, None)[:num_rows]
-        ends = list(itertools.accumulate(len(part) for part in positions))[:-1]
-        return jnp.split(with_logical_constraint(vectors_RE, None, None), ends)
+        width = vectors_RE.shape[-1]
+        vectors_SRE = with_logical_constraint(vectors_RE.reshape(num_shards, -1, width), ENCODER_ROWS, None, None)
+        windows_RE = vectors_SRE[:, :window_rows].reshape(-1, width)[: len(windows_RA)]
+        if not others:
+            return [windows_RE]
+        ends = list(itertools.accumulate(map(len, others)))
+        others_RE = vectors_SRE[:, window_rows:].reshape(-1, width)[: ends[-1]]
+        return [windows_RE, *jnp.split(with_logical_constraint(others_RE, None, None), ends[:-1])]
 
     def _contrastive(
         self, params: Params, anchors_BE: jax.Array, candidates_RE: jax.Array, labels_B: jax.Array

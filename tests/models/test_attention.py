@@ -150,7 +150,7 @@ def expected_rotated(name: str, sets: int):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "backend, sizes",
-    [(backend, (2, 1, 2, 2)) for backend in BACKENDS] + [(backend, (1, 4, 2, 1)) for backend in ("blockwise", "flash")],
+    [("reference", (2, 1, 2, 2)), ("blockwise", (2, 1, 2, 2)), ("flash", (1, 4, 2, 1))],
 )
 def test_over_devices_it_is_the_same(backend, sizes):
     """6 samples of 2 or 3 sets over 2 devices, or 4 that do not divide them; 7 queries over 2; dropout."""
