@@ -1,6 +1,7 @@
 """A run's folder as one object: each file is read once, and anew after `reload` or by another object."""
 
 import json
+import types
 
 import pytest
 
@@ -30,6 +31,18 @@ def test_files_come_back_and_are_read_once(path):
     assert run.config.steps == 3
     with pytest.raises(InputError, match="the data of the run of .* have changed .*train: 7 tokens .* -> 8 tokens"):
         run.check_same_data({"train": {"tokens": 8, "fingerprint": "f" * 16}})
+
+
+def test_starts_are_counted_from_the_first_of_the_same_run(path, monkeypatch):
+    now = iter((100.0, 200.0, 300.0))
+    monkeypatch.setattr("seqpe_jax.run_dir.time", types.SimpleNamespace(time=lambda: next(now)))
+    run = RunDir(path)
+    assert run.starts() == [] and run.record_start(0, 2, anew=True) == 100.0
+    file = run.path / "starts.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"time": 1')  # a line that was cut short
+    assert run.record_start(4, 1, anew=False) == 100.0
+    assert run.starts() == [{"time": 100.0, "step": 0, "processes": 2}, {"time": 200.0, "step": 4, "processes": 1}]
+    assert run.record_start(0, 1, anew=True) == 300.0, "another config: the starts before were another run's"
 
 
 def test_an_evaluation_holds_as_long_as_config_and_checkpoint_are_the_same(path):

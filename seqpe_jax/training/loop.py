@@ -66,7 +66,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
     run = RunDir(workdir)
 
     # Checks, before anything is written.
-    _check_profile(config)
+    check_profile(config)
     check_together(run)
     # None: no checkpoint. The folder as process 0 sees it: a network file system may show another host less.
     saved = processes.from_main("saved step", run.latest_step() if processes.is_main_process() else None)
@@ -251,7 +251,7 @@ def make_hooks(
     profile_window = configs.profile_window(config)
     if profile_window is not None and profile_window[0] < start_step:
         _print(f"  profile.steps={config.profile.steps} is in the past: no profile is recorded")
-    elif profile_window is not None and jax.process_index() in _profiled_processes(config):
+    elif profile_window is not None and is_profiled(config):
         hooks.append(hooks_lib.ProfilerHook(profile_window, run.path))
     hooks.append(metrics_hook)
     if config.report.watchdog:
@@ -267,11 +267,13 @@ def make_hooks(
     return hooks
 
 
-def _profiled_processes(config: Config) -> Sequence[int]:
-    return config.profile.processes or range(jax.process_count())
+def is_profiled(config: Config) -> bool:
+    """Returns whether this process records a trace (`config.profile`)."""
+    chosen = config.profile.processes
+    return bool(config.profile.steps) and (not chosen or jax.process_index() in chosen)
 
 
-def _check_profile(config: Config) -> None:
+def check_profile(config: Config) -> None:
     """Raises InputError if a process is to be profiled that the run does not have."""
     if not config.profile.steps:
         return

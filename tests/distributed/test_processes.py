@@ -233,6 +233,27 @@ def test_the_main_process_learns_what_the_others_do_and_who_does_not_answer(gath
     assert {process: status["host_seconds"] for process, status in shared.items()} == {0: 0, 1: 1, 2: 2}
 
 
+def test_a_worker_that_is_stuck_waits_no_longer_than_the_coordinator_may_take_to_answer(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(roll_call, "ANSWER_SECONDS", 0.2)
+    asked = []
+
+    def silent(server):  # a coordinator that is stopped after the start
+        connected, _ = server.accept()
+        file = connected.makefile("rw")
+        file.readline()
+        file.write('{"kind": "start"}\n')
+        file.flush()
+        asked.extend([file.readline(), connected])
+
+    with socket.create_server(("localhost", 0)) as server:
+        threading.Thread(target=silent, args=(server,), daemon=True).start()
+        worker = roll_call.Worker(("localhost", server.getsockname()[1]), 1, {}, 5.0)
+        worker.report_stall({"step": 3})
+        assert "stalled" in asked[0] and '"step": 3' in asked[0]
+        worker._is_over = True  # else this process exits when the socket closes
+
+
 def test_who_did_not_come_is_named_and_the_others_end(gather):
     error, left = gather(6, [(2, {"steps": "6"})])
     assert isinstance(error, Failure) and left["2.0"] == 2

@@ -13,7 +13,8 @@ import seqpe_jax
 from seqpe_jax import checksums
 from seqpe_jax.checksums import ORBAX_METADATA
 from seqpe_jax.errors import InputError
-from seqpe_jax.run_dir import OUTPUT_FILES, RunDir
+from seqpe_jax.run_dir import META_FILE, OUTPUT_FILES, RunDir
+from seqpe_jax.training import clock, loop
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.trees import flatten_dict
@@ -232,10 +233,19 @@ def test_damage_is_found_by_who_reads_and_by_who_trains(settings, trained, tmp_p
 
 
 @pytest.mark.parametrize("what", RESUMED)
-def test_a_damaged_run_resumes_to_the_same_state_and_metrics(settings, trained, tmp_path, what):
+def test_a_damaged_run_resumes_to_the_same_state_and_metrics(settings, trained, tmp_path, what, monkeypatch):
     run = damaged(what, trained, tmp_path)
-    content = contents(run)
+    content, saved, clocks = contents(run), RunDir(run).require_latest_step(), []
+    monkeypatch.setattr(
+        loop, "TrainingClock", lambda *given, **named: clocks.append(named) or clock.TrainingClock(*given, **named)
+    )
     train_and_evaluate(settings, run)
+    starts = RunDir(run).starts()
+    assert [start["step"] for start in starts] == [0, saved]
+    for named in clocks:  # the goodput is over all starts
+        stored = json.loads((run / "checkpoints" / str(saved) / META_FILE).read_text())["productive_seconds"]
+        assert named == {"productive": stored, "first_start": starts[0]["time"]} and stored > 0
+    assert len(clocks) == 1 or saved == settings.steps
     assert bits(seqpe_jax.load(run).params) == bits(seqpe_jax.load(trained).params)
     assert measured(run) == measured(trained) and content <= contents(run)
 

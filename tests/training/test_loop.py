@@ -13,12 +13,14 @@ import optax
 import pytest
 
 from seqpe_jax.distributed import hardware, processes
+from seqpe_jax.errors import InputError
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.training import hooks, loop, watchdog
 from seqpe_jax.training.checkpoint import SaveError
 from seqpe_jax.training.metrics_writer import MetricsWriter
 from seqpe_jax.training.step import TrainState, make_train_step
 from seqpe_jax.training.watchdog import Watchdog, describe_stall
+from tests.tiny import tiny_config
 
 
 class FakeCheckpointer:
@@ -333,6 +335,36 @@ def test_a_run_without_progress_ends_with_its_stacks(tmp_path, monkeypatch, caps
     assert "the same command resumes from step 2" in said, "the save of step 4 is not known to be done"
     stacks = (tmp_path / "stacks" / "process_0.txt").read_text()
     assert "a_loader_that_sleeps" in stacks and "run_steps" in stacks
+
+
+def test_a_worker_whose_coordinator_does_not_answer_ends_alone(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(processes, "is_main_process", lambda: False)
+    monkeypatch.setattr(processes, "report_stall", lambda status: ended.append(status["phase"]))
+    monkeypatch.setattr(processes, "exit_alone", lambda *given: ended.append(given))
+    clock = hooks.TrainingClock()
+    clock.finish_step(0.01)
+    with clock.phase("device"):
+        watch = Watchdog(RunDir(tmp_path), clock, seconds=1.0, saved_step=lambda: 4)
+        while len(ended) < 2:
+            time.sleep(0.01)
+        watch.stop()
+    assert ended[0] == "device" and ended[1][0] == 75
+    assert "process 0, the coordinator, does not answer" in ended[1][1] and "resumes from step 4" in ended[1][1]
+    assert "finish_step" not in (tmp_path / "stacks" / "process_0.txt").read_text()
+
+
+def test_only_chosen_processes_trace(monkeypatch):
+    settings = tiny_config(profile__steps="1:2", profile__processes=(1, 3))
+    with pytest.raises(InputError, match="profile.processes names process 1, but this run has 1 .0 to 0.: name some"):
+        loop.check_profile(settings)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    loop.check_profile(settings)
+    everybody = tiny_config(profile__steps="1:2", profile__processes=())
+    for process in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert loop.is_profiled(settings) == (process in (1, 3)) and loop.is_profiled(everybody)
+    assert not loop.is_profiled(tiny_config())
 
 
 def test_the_watchdog_waits_ten_steps_and_longer_for_what_takes_long(tmp_path):
