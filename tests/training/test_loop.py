@@ -262,6 +262,8 @@ def test_where_the_time_went(tmp_path, monkeypatch):
     checkpointer.wait = lambda: hour.sleep(4.0)
     monkeypatch.setattr("seqpe_jax.training.clock.time", hour)
     monkeypatch.setattr(loop, "_compile", lambda *_: hour.sleep(30.0) or hour.dispatch)
+    sent = []
+    monkeypatch.setattr(processes, "share_status", lambda status: sent.append(status["host_seconds"]) or {})
 
     def batches():
         for step in range(8, 16):
@@ -287,6 +289,7 @@ def test_where_the_time_went(tmp_path, monkeypatch):
     assert first["train/save_seconds"] == 0.0 and last["train/save_seconds"] == 4.0
     assert last["train/step_seconds"] == pytest.approx(3.0, abs=0.25), "a save is no part of a step"
     assert last["train/data_seconds"] == pytest.approx(0.5, abs=0.125)
+    assert sent[0] == pytest.approx(0.5), "the device accounts for the rest of the step"
     assert clock.productive == pytest.approx(50.0 + 7 * 3.0, abs=1.0) and clock.median_step == pytest.approx(3.0)
     assert last["train/goodput"] == pytest.approx(clock.productive / (last["time"] - 60.0 + 100.0), abs=0.01)
 
