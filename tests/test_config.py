@@ -455,6 +455,8 @@ def test_older_runs_without_lengths_of_their_encoding_have_those_they_were_train
         (DIGITS, "eval.tokens", 64, "text and questions"),
         (DIGITS, "eval.contexts", (64,), "text"),
         (QUESTIONS, "eval.contexts", (64,), "text"),
+        (QUESTIONS, "data.prepared", "prepared/text", "text and images"),
+        (QUICKSTART, "data.workers", 2, "images"),
     ],
 )
 def test_a_field_of_other_data_is_refused_by_those_that_read_it(page, field, value, kinds):

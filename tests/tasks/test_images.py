@@ -8,6 +8,7 @@ from PIL import Image
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
+from seqpe_jax.tasks.base import EvalContext
 from seqpe_jax.tasks.image_classification import CLASS_NAMES_FILE, ImageClassification
 from tests.inference.test_export import vit_config
 
@@ -101,3 +102,35 @@ def test_digits_go_by_name_too(run, tmp_path):
     assert labels(drawn) == {"3/1.png": 3, "7/1.png": 7} and drawn.data_spec.classes == 10
     with pytest.raises(InputError, match="digit_images/train has classes 0, 1, .*, unknown to the run of"):
         ImageClassification(config.from_dict(config.to_dict(digits)), run_dir=run).source("train")
+
+
+def test_an_evaluation_decodes_the_rows_of_this_process_alone(tmp_path, monkeypatch):
+    """The others' results come back with the whole batch from the devices."""
+    task = ImageClassification(vit_config(data__cache_dir=str(tmp_path / "cache"), data__threads=2))
+    source, read, laid_out = task.source("test"), [], []
+    original = type(source).__getitem__
+
+    def recorded(self, index):
+        read.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(type(source), "__getitem__", recorded)
+
+    def eval_step(batch):
+        laid_out.append(batch)
+        return {"loss": np.zeros(16), "rank": np.arange(16) % 2}
+
+    def put_local_rows(batch):
+        assert batch["images"].dtype == np.uint8 and batch["images"].shape == (8, 8, 8, 1)
+        return batch
+
+    ctx = EvalContext(
+        eval_step, None, None, 16, local_rows=lambda count: range(0, count, 2), put_local_rows=put_local_rows
+    )
+    result = task.evaluate(ctx, (8, 8), "test")
+    count = len(source)
+    assert result["examples"] == count and len(laid_out) == -(-count // 16)
+    own = [index for index in range(count) if index % 16 % 2 == 0]
+    assert sorted(set(read)) == own and len(read) <= len(own) + 1, "one more at most, for the shape of padding"
+    labels = np.concatenate([batch["labels"] for batch in laid_out])[: len(own)]
+    assert labels.tolist() == [int(source.records[index]["label"]) for index in own]

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
+from seqpe_jax.data import tokens
 from seqpe_jax.errors import InputError
+from seqpe_jax.tasks import language_modeling
 from seqpe_jax.tasks.base import EvalContext
 from seqpe_jax.tasks.language_modeling import LanguageModeling
 from seqpe_jax.tasks.question_answering import QuestionAnswering
@@ -184,3 +186,15 @@ def test_every_context_scores_the_same_targets(monkeypatch):
     with pytest.raises(InputError, match="evaluation context 5000 is longer than the test split .*contexts below 5000"):
         contexts.check_eval_size((5000,), "test")
     assert QuestionAnswering.extra_evaluators(text) == ()
+
+
+def test_a_run_on_several_hosts_does_not_tokenize_much(tokenizer, texts, monkeypatch):
+    task = LanguageModeling(settings(tokenizer, texts))
+    monkeypatch.setattr(tokens, "MAX_BYTES_PER_HOST", 1000)
+    monkeypatch.setattr(language_modeling, "is_multiprocess", lambda: True)
+    with pytest.raises(
+        InputError, match="GB of text, and every host .* would tokenize it .*`python -m seqpe_jax.prepare"
+    ):
+        task.source("train")
+    monkeypatch.setattr(language_modeling, "is_multiprocess", lambda: False)
+    assert len(task.source("train").tokens)
