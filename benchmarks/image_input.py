@@ -28,7 +28,8 @@ from seqpe_jax.data import images, prepare  # noqa: E402
 
 PAGE, CONFIG = ROOT / "docs" / "data.md", str(ROOT / "configs" / "imagenet_vit.py")
 HEIGHT, WIDTH = 375, 500
-JPEG_QUALITY = 90
+JPEG_QUALITY = 97
+ROUGHNESS = 0.4  # growth of the amplitude with the scale
 NUM_FILES = 24
 TOLERANCE = 2.0
 HEADER = "| use of an image | CPU ms per image | images per second and core |"
@@ -38,7 +39,7 @@ def jpeg(seed: int) -> bytes:
     """Returns a JPEG file of noise whose power falls with the frequency as that of photos does."""
     draw, pixels = np.random.default_rng(seed), np.zeros((HEIGHT, WIDTH, 3))
     for scale in (1, 2, 4, 8, 16, 32, 64, 128):
-        grid = draw.normal(size=(HEIGHT // scale + 2, WIDTH // scale + 2, 3)) * scale
+        grid = draw.normal(size=(HEIGHT // scale + 2, WIDTH // scale + 2, 3)) * scale**ROUGHNESS
         planes = [Image.fromarray(grid[..., channel].astype(np.float32)) for channel in range(3)]
         large = [plane.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC) for plane in planes]
         pixels += np.stack([np.asarray(plane) for plane in large], axis=-1)

@@ -429,7 +429,8 @@ def _image_splits(
         except InputError as error:
             if split == "train":
                 raise
-            warn(f"split '{split}' is left out: {error}")
+            if progress:
+                warn(f"split '{split}' is left out: {error}")
             continue
         sources[split] = source
     return sources

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seqpe_jax.data import images
+from seqpe_jax.data import augment, images
 from seqpe_jax.errors import InputError
 from seqpe_jax.losses.image_input import model_images
 
@@ -73,10 +73,10 @@ def rng(seed=0):
 
 
 def test_training_examples_have_the_requested_size():
-    for size, augment in itertools.product([(16, 16), (12, 20), (20, 8)], [settings(), EVERYTHING]):
+    for size, changes in itertools.product([(16, 16), (12, 20), (20, 8)], [settings(), EVERYTHING]):
         for seed, (height, width, channels) in enumerate([(30, 40, 3), (8, 8, 1), (7, 60, 3)]):
             constants = PLAIN if channels == 3 else GREY
-            example = train_example(photo(height, width, channels), size, augment, rng(seed), **constants)
+            example = train_example(photo(height, width, channels), size, changes, rng(seed), **constants)
             assert example["images"].shape == (*size, channels) and example["images"].dtype == np.float32
             assert example["labels"].dtype == np.int32 and example["labels"].shape == () and example["labels"] == 3
             assert np.isfinite(example["images"]).all()
@@ -124,6 +124,17 @@ def test_flip():
         for seed in range(400)
     )
     assert 60 < count < 140
+
+
+def test_a_flip_comes_before_a_translation():
+    """The device flips last; the host moves the image to the other side instead."""
+    record = photo(8, 8)
+    for seed in range(4):
+        found = train_example(record, (8, 8), settings(flip=1.0, translate=3), rng(seed), **PLAIN)["images"]
+        draw = rng(seed)
+        draw.random()  # decides on the flip
+        moved = augment.translate(record["image"][:, ::-1], 3, draw)
+        np.testing.assert_allclose(found, moved / 255, atol=1e-6)
 
 
 def test_translated_pixels_are_black_before_they_are_normalised():

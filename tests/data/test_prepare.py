@@ -341,7 +341,7 @@ def same_images(found, expected):
 
 
 def test_prepared_images_are_the_files(photos, tmp_path, capsys):
-    assert make(photos, tmp_path / "out", processes=2) == {"train": 18, "validation": 6}
+    assert make(photos, tmp_path / "out", processes=2, progress=True) == {"train": 18, "validation": 6}
     assert "split 'test' is left out: data.paths" in capsys.readouterr().err
     assert len(list((tmp_path / "out" / "train").glob("*.array_record"))) > 2
     for split in ("train", "validation"):
