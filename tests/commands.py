@@ -11,8 +11,10 @@ import importlib
 import json
 import os
 import pathlib
+import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,6 +59,24 @@ def with_defaults(given: list[str], **defaults: object) -> list[str]:
     """Returns options, after those defaults that they do not name: commands refuse one that is given twice."""
     named = {option.partition("=")[0] for option in given}
     return [*(f"--{name}={value}" for name, value in defaults.items() if f"--{name}" not in named), *given]
+
+
+def hosts(port: int, count: int, process: int) -> list[str]:
+    """Returns the options of one of several processes on this machine."""
+    return [f"--coordinator=localhost:{port}", f"--num-processes={count}", f"--process-id={process}"]
+
+
+def free_port() -> int:
+    """Returns a port that is free, as the one below it is."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as one, socket.socket() as other:
+            try:
+                one.bind(("localhost", port))
+                other.bind(("localhost", port - 1))
+                return port
+            except OSError:
+                continue
 
 
 @dataclasses.dataclass(frozen=True)

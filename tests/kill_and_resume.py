@@ -25,10 +25,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from seqpe_jax.files import atomic_write
 from seqpe_jax.run_dir import COMMIT_MARKER
 from seqpe_jax.training.checkpoint import TMP_SUFFIX
-from tests.commands import Commands, Running, train_arguments
+from tests.commands import Commands, Running, free_port, hosts, train_arguments
 from tests.emulator import Store, files_of
-from tests.training.test_processes import _free_port, hosts
-from tests.training.test_resume import CLOCK, arrays, lines, newest
+from tests.run_files import CLOCK, arrays, lines, newest
 
 FIELDS = {
     "config": "tests/tiny_text.py:alibi",
@@ -71,7 +70,7 @@ class Victim:
         workdir, variables = str(self.straight if straight else self.killed), {}
         if self.store and not straight:
             workdir, variables = f"{self.store.folder}/{self.killed.name}", self.store.environment
-        options, port = train_arguments(workdir, self.text, steps=self.steps, **FIELDS), _free_port()
+        options, port = train_arguments(workdir, self.text, steps=self.steps, **FIELDS), free_port()
         numbers = range(self.processes) if self.processes > 1 else ()
         process_options = [hosts(port, self.processes, number) for number in numbers] or [[]]
         return [self.commands.start("train", *options, *own, **variables) for own in process_options]

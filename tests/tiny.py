@@ -81,15 +81,20 @@ def tokens(settings: Config, seed: int = 0, vocabulary: int = 256) -> dict[str, 
     return {"tokens": jnp.asarray(draw, jnp.int32)}
 
 
-def random_params(run, std: float, seed: int = 1):
-    """Parameters of a run, drawn on the host: compiling what draws a run's own takes longer than most tests of it."""
+def draw_params(shapes, std: float, seed: int = 1):
+    """Parameters of these shapes, drawn on the host: compiling what draws a model's own takes longer than most tests."""
     draw = np.random.default_rng(seed)
 
     def drawn(path, leaf):
         noise = draw.normal(size=leaf.shape).astype(leaf.dtype)
         return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * std * noise}.get(path[-1].key, std * noise))
 
-    return jax.tree_util.tree_map_with_path(drawn, run.abstract_state.params)
+    return jax.tree_util.tree_map_with_path(drawn, shapes)
+
+
+def random_params(run, std: float, seed: int = 1):
+    """Such parameters of a run."""
+    return draw_params(run.abstract_state.params, std, seed)
 
 
 def random_state(run, std: float) -> TrainState:

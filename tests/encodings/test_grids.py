@@ -11,6 +11,7 @@ from seqpe_jax.config import ENCODINGS, CompatConfig, ModelDims, kinds_for
 from seqpe_jax.encodings.rope import axis_frequencies
 from seqpe_jax.models.attention import rotate_pairs
 from seqpe_jax.positions.grids import PositionGrid
+from tests.tiny import draw_params
 
 KEY = jax.random.PRNGKey(0)
 LAYERS, WIDTH, HEADS = 2, 24, 2  # heads of 12 columns: 3 pairs for each of 2 axes, 2 for each of 3
@@ -40,7 +41,8 @@ def grid_positions(shape, start=0):
 
 @functools.cache
 def initial(encoding, shape):
-    return jax.jit(lambda: encoding.init(KEY, grid_positions(shape), shape=shape))()
+    init = functools.partial(encoding.init, shape=shape)
+    return draw_params(jax.eval_shape(init, KEY, grid_positions(shape)), 0.5)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -137,7 +139,9 @@ def test_seqpe_sees_the_token_before_the_grid_in_the_signal_only():
     variables = initial(mapped, shape)
     query, key = signal(mapped, variables, grid_positions(shape), shape).multiplicative
     params = variables["params"]
-    expected = np.einsum("e,lef->lf", params["prefix_vectors"][0], params["qk_map"]["kernel"])
+    expected = (
+        np.einsum("e,lef->lf", params["prefix_vectors"][0], params["qk_map"]["kernel"]) + params["qk_map"]["bias"]
+    )
     found = np.concatenate([part[:, 0, 0].reshape(LAYERS, -1) for part in (query, key)], axis=-1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -162,7 +166,8 @@ def test_fresh_mixed_frequencies_point_along_orthogonal_directions():
     for axes in (1, 2, 3):
         shape = (2,) * axes
         encoding = make("rotary_mixed", shape, layers=40, width=4 * 12, heads=4, theta=100.0)
-        frequencies = np.asarray(initial(encoding, shape)["params"]["frequencies"])
+        fresh = jax.jit(functools.partial(encoding.init, shape=shape))(KEY, grid_positions(shape))
+        frequencies = np.asarray(fresh["params"]["frequencies"])
         assert frequencies.shape == (40, axes, 4, 6)
         parts = frequencies.reshape(40, axes, 4, axes, 6 // axes)  # [layer, axis, head, direction, magnitude]
         lengths = np.sqrt((parts**2).sum(axis=1))

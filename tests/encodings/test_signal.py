@@ -42,8 +42,7 @@ def field(name, held, per_layer_fields):
     return PositionSignal(**{name: pair}, per_layer_fields=(name,) if per_layer_fields else ())
 
 
-@pytest.mark.parametrize("per_layer_fields", [False, True], ids=["shared", "per_layer_fields"])
-@pytest.mark.parametrize("held", [1, 2, HEADS])
+@pytest.mark.parametrize("held, per_layer_fields", [(1, True), (2, False), (HEADS, False)])
 @pytest.mark.parametrize("name", ["position_query_key", "multiplicative", "additive", "rotation"])
 def test_heads_without_a_position_see_none(name, held, per_layer_fields):
     full = field(name, held, per_layer_fields)

@@ -7,8 +7,10 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -16,15 +18,17 @@ import pytest
 import safetensors.numpy
 
 from seqpe_jax import config, loading
+from seqpe_jax.errors import InputError
 from seqpe_jax.run_dir import OUTPUT_FILES, RunDir
+from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
-from tests.commands import ROOT, environment, with_defaults
+from tests.commands import environment, with_defaults
 from tests.inference import test_export as test_serving
 from tests.tiny import random_state, tiny_config
 from tests.training.test_commands import refused, word_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 # Comes before the lines of a model card: a process with nothing but JAX, what JAX needs, and what the card names.
 ALONE = """
@@ -88,10 +92,9 @@ def on_images(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def images_export(commands, on_images) -> pathlib.Path:
+def images_export(one_device, on_images) -> pathlib.Path:
     output = on_images.parent / "digits-export"
-    result = commands("export", f"--checkpoint={on_images}", f"--output={output}", "--max-size=16")
-    assert result.code == 0, result.err
+    loading.open_model(on_images).export(output, max_size=16, platforms=("cpu",))
     assert "| encoding | seqpe, past training between its positions |" in (output / "README.md").read_text()
     return output
 
@@ -103,29 +106,27 @@ def lines_of(card: pathlib.Path) -> str:
     return block
 
 
-def run_alone(folder: pathlib.Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Logits of the model card's lines, in a process without this package, on their own input and then on others."""
-    np.savez(folder.parent / "inputs.npz", *inputs)
-    further = """
-import pathlib
+def run_alone(inputs: dict[pathlib.Path, list[np.ndarray]]) -> dict[pathlib.Path, list[np.ndarray]]:
+    """Logits of the lines of model cards, in a process without this package, on their own input and then on others."""
+    blocks, further = (
+        [ALONE, "import os, pathlib, sys"],
+        """
 given = numpy.load("../inputs.npz")
 found = [jax.jit(model.call)(params, given[name]) for name in given]
 numpy.savez("../logits.npz", inputs, logits, *found)
-print(sorted({name.partition(".")[0] for name in sys.modules}))
-"""
-    clean = {name: value for name, value in environment(folder).items() if not name.startswith("PYTHON")}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE + lines_of(folder / "README.md") + further],
-        cwd=folder,
-        env=clean,
-        capture_output=True,
-        text=True,
+""",
     )
+    for folder, arrays in inputs.items():
+        np.savez(folder.parent / "inputs.npz", *arrays)
+        blocks += [f"os.chdir({str(folder)!r})", lines_of(folder / "README.md"), further]
+        assert "`pip install jax flatbuffers safetensors`" in (folder / "README.md").read_text()
+    blocks.append('print(sorted({name.partition(".")[0] for name in sys.modules}))')
+    clean = {name: value for name, value in environment(folder).items() if not name.startswith("PYTHON")}
+    words = [sys.executable, "-c", "\n".join(blocks)]
+    done = subprocess.run(words, cwd=folder, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not {"seqpe_jax", "flax", "optax"} & set(ast.literal_eval(done.stdout))
-    assert "`pip install jax flatbuffers safetensors`" in (folder / "README.md").read_text()
-    with np.load(folder.parent / "logits.npz") as found:
-        return [found[name] for name in found]
+    return {folder: list(np.load(folder.parent / "logits.npz").values()) for folder in inputs}
 
 
 def own_logits(workdir: pathlib.Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -136,20 +137,18 @@ def own_logits(workdir: pathlib.Path, inputs: list[np.ndarray]) -> list[np.ndarr
     return [np.asarray(found(params, array)) for array in inputs]
 
 
-def check_alone(workdir, folder, inputs):
-    card_inputs, *found = run_alone(folder, inputs)
-    for logits, expected in zip(found, own_logits(workdir, [card_inputs, *inputs]), strict=True):
-        assert np.ptp(expected) > 0.1
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
-
-
-def token_windows():
+def test_models_run_alone(on_text, text_export, on_images, images_export):
     draw = np.random.default_rng(0)
-    return [draw.integers(0, 256, size).astype(np.int32) for size in ((2, 48), (3, 7))]
+    tokens = [draw.integers(0, 256, size).astype(np.int32) for size in ((2, 48), (3, 7))]
+    images = [draw.normal(size=size).astype(np.float32) for size in ((2, 16, 16, 1), (3, 8, 12, 1))]
+    inputs, runs = {text_export: tokens, images_export: images}, {text_export: on_text, images_export: on_images}
+    for folder, (card_inputs, *found) in run_alone(inputs).items():
+        for logits, expected in zip(found, own_logits(runs[folder], [card_inputs, *inputs[folder]]), strict=True):
+            assert np.ptp(expected) > 0.1
+            np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_a_language_model_runs_alone(on_text, text_export):
-    check_alone(on_text, text_export, token_windows())
+def test_the_folder_of_an_export(text_export):
     names = {path.name for path in text_export.iterdir()}
     assert names == {"README.md", "config.json", "digests.json", "model.stablehlo", "params.safetensors", "sizes.json"}
     assert {name.lower() for name in names} <= OUTPUT_FILES, "each is refused as an output"
@@ -161,65 +160,49 @@ def test_a_language_model_runs_alone(on_text, text_export):
     assert len({path.stat().st_mode for path in text_export.iterdir()}) == 1  # whoever reads one file reads all
 
 
-def test_a_classifier_runs_alone(on_images, images_export):
-    draw = np.random.default_rng(0)
-    inputs = [draw.normal(size=size).astype(np.float32) for size in ((2, 16, 16, 1), (3, 8, 12, 1))]
-    check_alone(on_images, images_export, inputs)
+def report_of(folder, **request):
+    """The report of an evaluation, and its arrays."""
+    return evaluate(loading.open_model(folder), EvalRequest(**request))
 
 
 @pytest.mark.parametrize("kind", ["text", "images"])
-def test_evaluate_measures_the_same_on_an_export(commands, request, tmp_path, kind):
-    workdir, export = (request.getfixturevalue(name) for name in (f"on_{kind}", f"{kind}_export"))
-    scales = {"text": "--lengths=16,48", "images": "--sizes=8,16x12"}[kind]
-    reports = []
-    for folder in (workdir, export):
-        output = tmp_path / folder.name / "evaluation.json"
-        result = commands("evaluate", f"--checkpoint={folder}", scales, f"--output={output}")
-        assert result.code == 0, result.err
-        reports.append(json.loads(output.read_text()))
-        assert (output.parent / "similarity.npz").is_file()
-    own, other = reports
+def test_an_evaluation_measures_the_same_on_an_export(request, kind):
+    folders = [request.getfixturevalue(name) for name in (f"on_{kind}", f"{kind}_export")]
+    sizes = {"text": {"lengths": ((16,), (48,))}, "images": {"sizes": ((8, 8), (16, 12))}}[kind]
+    (own, own_arrays), (other, arrays) = (report_of(folder, **sizes) for folder in folders)
+    assert own_arrays["similarity"].keys() == arrays["similarity"].keys()
     assert {name for name in own if own[name] != other[name]} <= {"checkpoint", "made_from", "results"}
     for before, after in zip(own["results"], other["results"], strict=True):
         assert before.keys() == after.keys()
-        for name in before:
-            if name != "loss_by_position":
-                assert after[name] == pytest.approx(before[name], rel=1e-5)
+        for name in before.keys() - {"loss_by_position"}:
+            assert after[name] == pytest.approx(before[name], rel=1e-5)
 
 
 def test_evaluation_of_an_export_reads_the_export(commands, text_export, tmp_path):
-    copy = tmp_path / "copy"
+    copy, lengths = tmp_path / "copy", {"lengths": ((32,),)}
     shutil.copytree(text_export, copy)
     leaves = safetensors.numpy.load_file(copy / "params.safetensors")
     leaves["encoding/table"] = -3 * leaves["encoding/table"]
     safetensors.numpy.save_file(leaves, copy / "params.safetensors")
     refused(commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "params.safetensors has changed")
     (copy / "digests.json").unlink()
-    refused(
-        commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "digests.json is missing, which this export had"
-    )
+    with pytest.raises(InputError, match="digests.json is missing, which this export had"):
+        report_of(copy, **lengths)
     settings = json.loads((copy / "config.json").read_text())
     del settings["export"]["digests"]  # as older versions wrote it
     (copy / "config.json").write_text(json.dumps(settings))
-    results = [commands("evaluate", f"--checkpoint={folder}", "--lengths=32") for folder in (text_export, copy)]
-    assert [result.code for result in results] == [0, 0] and results[0].out != results[1].out
+    first, second = (report_of(folder, **lengths)[0]["results"][0]["loss"] for folder in (text_export, copy))
+    assert first != second
     (copy / "params.safetensors").unlink()
-    refused(commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "params.safetensors", "cannot be read")
+    with pytest.raises(InputError, match="params.safetensors.* cannot be read"):
+        report_of(copy, **lengths)
 
 
-def test_evaluation_beyond_the_exported_range_is_refused(commands, text_export, images_export):
-    refused(
-        commands("evaluate", f"--checkpoint={text_export}", "--lengths=16,49"),
-        "evaluation length 49",
-        "up to 48",
-        "--max-length=49",
-    )
-    refused(
-        commands("evaluate", f"--checkpoint={images_export}", "--sizes=8x18"),
-        "evaluation size 8x18",
-        "up to 16x16",
-        "--max-size=18",
-    )
+def test_evaluation_beyond_the_exported_range_is_refused(text_export, images_export):
+    with pytest.raises(InputError, match="evaluation length 49 .*up to 48.*--max-length=49"):
+        report_of(text_export, lengths=((16,), (49,)))
+    with pytest.raises(InputError, match="evaluation size 8x18 .*up to 16x16.*--max-size=18"):
+        report_of(images_export, sizes=((8, 18),))
 
 
 def test_the_model_card_says_what_it_is(on_text, text_export):
@@ -254,25 +237,23 @@ def test_the_model_card_says_what_it_is(on_text, text_export):
     assert section["platforms"] == ["cpu", "cuda", "tpu"]
 
 
-def test_a_tokenizer_goes_with_its_model(commands, text, tmp_path):
+def test_a_tokenizer_goes_with_its_model(text, tmp_path):
     word_tokenizer(tmp_path / "tokenizer.json", ["line", "of", "text", "</s>"])
     fields = {
         "data__name": "text_files",
         "data__paths": (str(text),),
         "data__tokenizer": str(tmp_path / "tokenizer.json"),
+        "data__lossy_tokenizer": True,
     }
-    fields["data__lossy_tokenizer"] = True
     workdir = saved_run(tmp_path / "run", tiny_config(variant="rotary", eval__lengths=(16,), **fields))
     (tmp_path / "tokenizer.json").unlink()  # the run keeps its own
     export = tmp_path / os.fsdecode(b"caf\xe9")  # a name may be any bytes
-    result = commands("export", f"--checkpoint={workdir}", f"--output={export}", "--platforms=cpu")
-    assert result.code == 0, result.err
+    loading.open_model(workdir).export(export, platforms=("cpu",))
     assert (export / "README.md").read_text().startswith("# caf\\udce9\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (export / name).read_bytes() == (workdir / name).read_bytes()
-    check_alone(workdir, export, [np.array([[1, 2, 3, 0]], np.int32)])
-    both = [commands("evaluate", f"--checkpoint={folder}") for folder in (workdir, export)]
-    assert both[0].code == 0 and both[0].out == both[1].out
+    own, other = (report_of(folder)[0]["results"][0] for folder in (workdir, export))
+    assert other["tokens"] == own["tokens"] and other["loss"] == pytest.approx(own["loss"], rel=1e-5)
 
 
 def test_export_refuses_arguments(commands, on_text, on_images, text_export, tmp_path):
@@ -280,49 +261,37 @@ def test_export_refuses_arguments(commands, on_text, on_images, text_export, tmp
     full.mkdir()
     (full / "letter.txt").write_text("dear reader")
     for argument, *words in (
-        ("--max-length=1001", "--max-length 1001", "largest position possible is 999"),
         ("--max-length=0", "max-length", "0"),
-        ("--max-size=8", "--max-size", "text", "--max-length"),
-        ("--platforms=cpu,gpu", "'gpu'", "cpu, cuda, tpu"),
         ("--platforms=", "--platforms", "cpu, cuda, tpu"),
         (f"--output={full}", "FULL", "not an empty folder"),
-        (f"--checkpoint={full}", "not a run", "config.json"),
-        (f"--checkpoint={text_export}", "an export already", "--workdir"),
         ("--checkpoint=nowhere", "no such directory: nowhere"),
     ):
         result = commands("export", *with_defaults([argument], checkpoint=on_text, output=output))
         refused(result, *words)
-        assert "positions" not in result.out + result.err and not output.parent.exists()
+        assert "positions" not in result.out + result.err
     assert [path.name for path in full.iterdir()] == ["letter.txt"]
-    for argument, *words in (
-        ("--max-size=9", "--max-size 9x9", "patches of 2x2"),
-        ("--max-size=202", "--max-size 202x202", "largest size possible is 80x80"),
-        ("--max-length=16", "--max-length", "images", "--max-size"),
+    for folder, options, words in (
+        (on_text, {"max_length": 1001}, "--max-length 1001 .*largest position possible is 999"),
+        (on_text, {"max_size": 8}, "--max-size .* text, .*--max-length"),
+        (on_text, {"platforms": ("cpu", "gpu")}, "'gpu' .*cpu, cuda, tpu"),
+        (full, {}, "not a run.*config.json"),
+        (text_export, {}, "an export already.*--workdir"),
+        (on_images, {"max_size": 9}, "--max-size 9x9 .*patches of 2x2"),
+        (on_images, {"max_size": 202}, "--max-size 202x202 .*largest size possible is 80x80"),
+        (on_images, {"max_length": 16}, "--max-length .* images, .*--max-size"),
     ):
-        refused(commands("export", f"--checkpoint={on_images}", f"--output={output}", argument), *words)
-        assert not output.parent.exists()
+        with pytest.raises(InputError, match=words):
+            loading.open_model(folder).export(output, **options)
+    assert not output.parent.exists()
 
 
-def test_an_export_that_is_stopped_leaves_nothing(on_text, tmp_path):
-    program = f"""
-import os, signal, sys
-sys.argv = ["export", "--checkpoint={on_text}", "--output={tmp_path / "out" / "export"}", "--platforms=cpu"]
-from absl import flags
-from seqpe_jax.cli import common, export
-from seqpe_jax.inference import export as writing
-def stopped(run, values):
-    assert sorted(os.listdir(run.path)) == ["README.md", "model.stablehlo", "params.safetensors", "sizes.json"]
-    os.kill(os.getpid(), number)
-writing.RunDir.write_config = stopped
-signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
-for number in (signal.SIGINT, signal.SIGTERM):  # each in a fork: importing takes longer than all else
-    child = os.fork()
-    if not child:
-        common.run(export.main)
-        os._exit(0)
-    print("left", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.listdir("{tmp_path / "out"}"), flush=True)
-"""
-    env = environment(tmp_path / "cache")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
-    found = [line for line in done.stdout.splitlines() if line.startswith("left")]
-    assert found == ["left 130 []", "left 143 []"], done.stdout + done.stderr
+def test_an_export_that_is_stopped_leaves_nothing(commands, on_text, tmp_path):
+    """While it is written: tests/inference/test_export.py."""
+    given = (f"--checkpoint={on_text}", f"--output={tmp_path / 'out' / 'export'}")
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        running, deadline = commands.start("export", *given), time.monotonic() + 120
+        while "lowering" not in running.out:
+            assert time.monotonic() < deadline, running.err
+            time.sleep(0.01)
+        os.kill(running.process, number)
+        assert commands.wait(running).code == code and not list((tmp_path / "out").glob("*"))

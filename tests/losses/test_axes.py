@@ -22,6 +22,7 @@ from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import ModelSpec
 from seqpe_jax.models.transformer import TransformerConfig
 from seqpe_jax.models.vit import ViT
+from tests.tiny import draw_params
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +45,7 @@ def train_loss(shape):
 
 @functools.cache
 def parameters(shape):
-    return jax.jit(train_loss(shape).model_spec.init)(jax.random.PRNGKey(0))
+    return draw_params(train_loss(shape).model_spec.shapes, 0.5)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=lambda shape: f"{len(shape)}-D")

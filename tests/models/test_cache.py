@@ -12,6 +12,7 @@ from seqpe_jax.models.attention import KVCache, attend, attend_cached, position_
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.transformer import TransformerConfig
 from tests.models.test_attention import BACKENDS, BATCH, HEADS, LENGTH, NAMES, QKV, WIDTH, random, signals
+from tests.tiny import draw_params
 
 pytestmark = pytest.mark.usefixtures("small_kernel")
 
@@ -96,7 +97,8 @@ def test_gpt2_over_a_cache_equals_the_whole_window(remat):
     embedded = PositionSignal(input_embedding=random(3, 1, LENGTH, HEADS * WIDTH))
     composed = per_layer.joined(one_pair_of_one_head).joined(scaled)
     for signal in (composed, embedded) if remat == "none" else (composed,):
-        variables = jax.jit(model.init)(jax.random.PRNGKey(0), tokens_BL, signal)
+        shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens_BL, signal)
+        variables = draw_params(shapes, 0.3)
         whole = jax.jit(functools.partial(model.apply, method="hidden"))(variables, tokens_BL, signal)
         run = jax.jit(functools.partial(model.apply, variables, method="forward_cached"))
         states, cache = run(tokens_BL[:, :3], signal, model.init_cache(3, LENGTH, signal), jnp.arange(3)[None])

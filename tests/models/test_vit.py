@@ -15,6 +15,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.models.transformer import Block, TransformerConfig
 from seqpe_jax.models.vit import ViT, extract_patches
 from seqpe_jax.positions.grids import PositionGrid
+from tests.tiny import draw_params
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +47,7 @@ def logits(model, params, images, signal):
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(lambda: model_of().init(KEY, IMAGES, NOTHING))()
+    return draw_params(jax.eval_shape(model_of().init, KEY, IMAGES, NOTHING), 0.5)
 
 
 def test_patches_against_a_loop():
@@ -86,7 +87,7 @@ def test_without_positions_patches_have_no_order(params):
 def test_videos():
     videos = jax.random.normal(KEY, (2, 4, 4, 9, 1))
     model, signal = model_of(patch=(2, *PATCH), width=12, layers=1), PositionSignal()
-    params = jax.jit(model.init)(KEY, videos, signal)
+    params = draw_params(jax.eval_shape(model.init, KEY, videos, signal), 0.5)
     assert params["params"]["projection"]["kernel"].shape == (2 * 2 * 3, 12)
     plain = logits(model, params, videos, signal)
     assert np.abs(logits(model, params, videos.at[:, 3, 3, 8].add(1.0), signal) - plain).max() > 1e-3
@@ -130,7 +131,7 @@ def block_of(rate: float) -> Block:
 def test_drop_path_leaves_out_whole_branches_of_single_samples():
     rate, samples = 0.25, 2000
     x_BLD = jnp.broadcast_to(jax.random.normal(KEY, (1, 2, WIDTH)), (samples, 2, WIDTH))
-    variables = jax.jit(lambda: block_of(rate).init(KEY, x_BLD, NOTHING))()
+    variables = draw_params(jax.eval_shape(block_of(rate).init, KEY, x_BLD, NOTHING), 0.5)
     for name in ("mlp_out", "out"):  # one branch at a time: the other adds nothing
         params = dict(variables["params"])
         params[name] = jax.tree.map(jnp.zeros_like, params[name])

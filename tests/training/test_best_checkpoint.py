@@ -8,6 +8,7 @@ import pytest
 from seqpe_jax.errors import InputError
 from seqpe_jax.run_dir import RunDir, check_best_metric
 from seqpe_jax.training.checkpoint import BestCheckpointPolicy, Checkpointer, SaveError
+from tests.run_files import flip, largest
 
 LOSS, TOP = "eval/loss@16", "eval/top1@8x8"
 
@@ -23,16 +24,6 @@ def save(workdir, values, metric=LOSS, first=2, keep=1):
 
 def there(workdir):
     return sorted(path.name for path in (workdir / "checkpoints").iterdir())
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def largest(step):
-    return max((path for path in (step / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.run_dir import META_FILE, RunDir
 from seqpe_jax.training.checkpoint import Checkpointer, SaveError, checkpoint_bytes
+from tests.run_files import files_of, flip, largest
 
 KERNEL = np.arange(64.0, dtype=np.float32).reshape(8, 8)
 STATE = {"params": {"model": {"head": {"kernel": KERNEL, "bias": np.ones(3, np.float32)}}}, "step": 4}
@@ -120,36 +121,9 @@ def raises(error):
     return call
 
 
-def files_of(folder):
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
-
-
-def flip(path, place):
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
-def largest(folder):
-    return max(files_of(folder / "state"), key=lambda path: path.stat().st_size)
-
-
-DAMAGE = {
-    "a byte flipped": lambda step: flip(largest(step), largest(step).stat().st_size // 2),
-    "an array gone": lambda step: largest(step).unlink(),
-    "checksums gone": lambda step: (step / DIGESTS_FILE).unlink(),
-    "checksums gone and step 4's files in its place": lambda step: (
-        shutil.copytree(step.with_name("4"), step, dirs_exist_ok=True),
-        (step / DIGESTS_FILE).unlink(),
-    ),
-    "renamed to another step": lambda step: step.rename(step.with_name("9")),
-    "an empty folder as a later step": lambda step: (shutil.rmtree(step), step.with_name("30").mkdir()),
-}
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_is_used(saved, how):
-    DAMAGE[how](saved / "checkpoints" / "6")
+def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_is_used(saved):
+    """Other damage: test_damage.py."""
+    flip(largest(saved / "checkpoints" / "6"))
     assert {run.latest_valid_step()[0] for run in Together(2).check(saved)} == {4}
     before = {path.read_bytes() for path in files_of(saved)}
     mesh = layout.make_mesh(8, 1)

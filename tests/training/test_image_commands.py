@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import seqpe_jax
 from seqpe_jax import config
+from seqpe_jax.data import loader
 from seqpe_jax.errors import InputError
-from seqpe_jax.loading import open_model
+from seqpe_jax.loading import load_run_config, open_model
+from seqpe_jax.reporting.report import write_report
 from seqpe_jax.run_dir import RunDir
-from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
+from seqpe_jax.tasks.evaluate import EvalRequest, check_request, evaluate, write
 from seqpe_jax.training.loop import train_and_evaluate
+from tests.small_models import FewExamples
 from tests.tiny import older, tiny_config
 from tests.training.test_commands import refused
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 DIGITS = "configs/digits_vit.py"
 TINY = {
@@ -33,28 +37,27 @@ TINY = {
     "eval.every": 2,
     "eval.sizes": (8, 12),
 }
-
-
-def options(**fields):
-    """The tiny sizes as flags; without the terms, which compile longest."""
-    own = {name.replace("__", "."): value for name, value in fields.items()}
-    values = TINY | {"objective.contrastive.weight": 0, "objective.distillation.weight": 0} | own
-    return [f"--config.{name}={value}" for name, value in values.items()]
+# Without the terms, which compile longest.
+PLAIN = TINY | {"objective.contrastive.weight": 0.0, "objective.distillation.weight": 0.0}
 
 
 @pytest.fixture(scope="module")
 def trained(commands, tmp_path_factory):
     """A workdir of two steps on digits."""
     workdir = tmp_path_factory.mktemp("run") / "digits"
-    result = commands("train", f"--config={DIGITS}", f"--workdir={workdir}", *options())
+    options = [f"--config.{name}={value}" for name, value in PLAIN.items()]
+    result = commands("train", f"--config={DIGITS}", f"--workdir={workdir}", *options)
     assert result.code == 0, result.err
     return workdir
 
 
+def metric_names(workdir):
+    return set().union(*map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
+
+
 def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_path):
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert {"eval/top1@8", "eval/top5@12", "eval/loss@12"} <= {name for line in lines for name in line}
-    assert lines[0]["train/images_per_second"] > 0
+    names = metric_names(trained)
+    assert {"eval/top1@8", "eval/top5@12", "eval/loss@12", "train/images_per_second"} <= names
     output = trained / "evaluation.json"
     result = commands("evaluate", f"--checkpoint={trained}", "--sizes=8,16,8x12", f"--output={output}")
     assert result.code == 0, result.err
@@ -74,56 +77,58 @@ def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_p
         assert f"({name}.png)" in page and (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
 
 
-def test_videos_are_evaluated_at_more_frames(commands, tmp_path):
-    workdir = tmp_path / "run"
-    fields = {"data__size": "(4,16,16)", "model__patch": "(2,8,8)", "eval__sizes": "(16,)", "eval__frames": "(4,8)"}
-    fields["encoding__rotary_pairs"] = "3"
-    result = commands("train", "--config=configs/moving_digits_vit.py", f"--workdir={workdir}", *options(**fields))
-    assert result.code == 0, result.err
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert {"eval/top1@4x16x16", "eval/top1@8x16x16"} <= {name for line in lines for name in line}
-    ask = ("evaluate", f"--checkpoint={workdir}")
-    refused(commands(*ask, "--sizes=10x16x16"), "evaluation size 10x16x16", "the videos have 8")
-    refused(commands(*ask, "--sizes=16,5x16x16"), "5x16x16", "multiples of 2x8x8")
-    refused(commands(*ask, "--sizes=400x16x16"), "largest size possible is 20x80x80")
-    result = commands(*ask, "--sizes=16,8x16x24", f"--output={workdir / 'evaluation.json'}")
-    assert result.code == 0, result.err
-    report = json.loads((workdir / "evaluation.json").read_text())
-    assert [entry["size"] for entry in report["results"]] == [[4, 16, 16], [8, 16, 24]]
-    result = commands("report", f"--workdir={workdir}", f"--output={tmp_path / 'report'}")
-    assert result.code == 0, result.err
-    assert "| encoding | 4x16x16 (1x) | 8x16x24 (1.44x) |" in result.out
+@pytest.fixture
+def few_examples(monkeypatch, tmp_path):
+    """Evaluations read eight examples."""
+    monkeypatch.setattr(loader, "EvalBatches", FewExamples)
+    monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize(
-    "arguments,words",
-    [
-        (["--sizes=0"], ["--sizes", "'0'"]),
-        (["--sizes=8x"], ["--sizes", "'8x'"]),
-        (["--sizes=4x8x8x8"], ["--sizes", "'4x8x8x8'"]),
-        (["--lengths=16"], ["images", "--sizes"]),
-    ],
-)
-def test_evaluate_refuses_arguments(commands, trained, arguments, words):
-    refused(commands("evaluate", f"--checkpoint={trained}", *arguments), *words)
-
-
-def named(caught, words):
+def in_one_line(call, *words):
+    with pytest.raises(InputError) as caught:
+        call()
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_evaluate_refuses_sizes_before_it_reads_parameters(trained):
-    model = open_model(trained)
-    for options, words in (
-        ({"sizes": ((8, 8), (9, 9))}, ["9x9", "patches of 2x2", "multiples"]),
-        ({"sizes": ((202, 202),)}, ["202x202", "largest size possible is 80x80"]),
-        ({"sizes": ((4, 8, 8),)}, ["4x8x8", "has frames", "name two sides"]),
-        ({"contexts": (16,)}, ["images", "--contexts", "--sizes"]),
+def refuses(model, words, **request):
+    in_one_line(lambda: evaluate(model, EvalRequest(**request)), *words)
+
+
+def test_videos_are_evaluated_at_more_frames(few_examples, tmp_path):
+    workdir = tmp_path / "run"
+    fields = {"data.size": (4, 16, 16), "model.patch": (2, 8, 8), "eval.sizes": (16,), "eval.frames": (4, 8)}
+    settings = config.load("configs/moving_digits_vit.py", PLAIN | fields | {"encoding.rotary_pairs": 3})
+    train_and_evaluate(settings, workdir)
+    assert {"eval/top1@4x16x16", "eval/top1@8x16x16"} <= metric_names(workdir)
+    model = open_model(workdir)
+    refuses(model, ["evaluation size 10x16x16", "the videos have 8"], sizes=((10, 16, 16),))
+    refuses(model, ["5x16x16", "multiples of 2x8x8"], sizes=((16, 16), (5, 16, 16)))
+    refuses(model, ["largest size possible is 20x80x80"], sizes=((400, 16, 16),))
+    report, arrays = evaluate(model, EvalRequest(sizes=((16, 16), (8, 16, 24))))
+    assert [entry["size"] for entry in report["results"]] == [[4, 16, 16], [8, 16, 24]]
+    write(report, arrays, workdir / "evaluation.json")
+    assert "| encoding | 4x16x16 (1x) | 8x16x24 (1.44x) |" in write_report(workdir, tmp_path / "report")
+
+
+def test_evaluate_refuses_arguments(commands, trained):
+    for argument, *words in (
+        ("--sizes=8x", "--sizes", "'8x'"),
+        ("--sizes=4x8x8x8", "--sizes", "'4x8x8x8'"),
+        ("--lengths=16", "images", "--sizes"),
     ):
-        with pytest.raises(InputError) as caught:
-            evaluate(model, EvalRequest(**options))
-        named(caught, words)
+        refused(commands("evaluate", f"--checkpoint={trained}", argument), *words)
+
+
+def test_evaluate_refuses_sizes_before_it_reads_parameters(trained, tmp_path):
+    model = open_model(trained)
+    refuses(model, ["9x9", "patches of 2x2", "multiples"], sizes=((8, 8), (9, 9)))
+    refuses(model, ["202x202", "largest size possible is 80x80"], sizes=((202, 202),))
+    refuses(model, ["4x8x8", "has frames", "name two sides"], sizes=((4, 8, 8),))
+    refuses(model, ["images", "--contexts", "--sizes"], contexts=(16,))
+    RunDir(tmp_path).write_config(config.to_dict(tiny_config()))
+    text = EvalRequest(sizes=((8, 8),))
+    in_one_line(lambda: check_request(load_run_config(tmp_path), str(tmp_path), text), "--sizes", "--lengths")
 
 
 @pytest.mark.parametrize(
@@ -143,9 +148,7 @@ def test_evaluate_refuses_sizes_before_it_reads_parameters(trained):
     ],
 )
 def test_a_config_of_images_is_refused(fields, words):
-    with pytest.raises(InputError) as caught:
-        config.load(DIGITS, fields)
-    named(caught, words)
+    in_one_line(lambda: config.load(DIGITS, fields), *words)
 
 
 def folder(root, **classes):
@@ -156,6 +159,13 @@ def folder(root, **classes):
     return root
 
 
+def of_folder(root, **fields):
+    """A config on a folder of images, without an encoder."""
+    own = {name: value for name, value in TINY.items() if not name.startswith(("encoding", "objective"))}
+    own |= {"data.name": "image_folder", "data.paths": (str(root),), "model.layers": 1, "eval.every": 0, "steps": 1}
+    return config.load(f"{DIGITS}:learned", own | fields)
+
+
 def test_train_refuses_folders_that_cannot_be_read(tmp_path):
     damaged = folder(tmp_path / "b", cats=3, dogs=3)
     (damaged / "cats" / "1.png").write_bytes(b"no picture")
@@ -164,54 +174,39 @@ def test_train_refuses_folders_that_cannot_be_read(tmp_path):
         (folder(tmp_path / "a", cats=3, dogs=0), ["dogs"]),
         (damaged, ["1.png"]),
     ):
-        settings = config.load(DIGITS, TINY | {"data.name": "image_folder", "data.paths": (str(root),)})
-        with pytest.raises(InputError) as caught:
-            train_and_evaluate(settings, tmp_path / "run")
-        named(caught, words)
+        settings = of_folder(root, **{"eval.every": 1})
+        in_one_line(lambda settings=settings: train_and_evaluate(settings, tmp_path / "run"), *words)
         assert not (tmp_path / "run").exists()
 
 
-def test_classes_go_by_name(commands, tmp_path):
+def test_classes_go_by_name(few_examples, tmp_path):
     def photos(root, *classes):
         for split in ("train", "validation", "test"):
             folder(root / split, **{name: 6 for name in classes})
         return root
 
-    def train(workdir, root, *arguments):
-        fields = options(data__name="image_folder", data__paths=root, eval__every=0)
-        return commands("train", f"--config={DIGITS}", f"--workdir={workdir}", *fields, *arguments)
+    def scores(checkpoint, root):
+        request = EvalRequest(data="image_folder", paths=(str(root),), sizes=((8, 8),))
+        return evaluate(open_model(checkpoint), request)[0]["results"][0]["top1"]
 
-    def evaluate(checkpoint, root):
-        read = ("--data=image_folder", f"--paths={root}", "--sizes=8")
-        return commands("evaluate", f"--checkpoint={checkpoint}", *read)
-
-    root, first = photos(tmp_path / "all", "cat", "dog", "fox"), tmp_path / "first"
-    result = train(first, root)
-    assert result.code == 0 and "3 classes" in result.out, result.err
-    export = tmp_path / "export"
-    result = commands("export", f"--checkpoint={first}", f"--output={export}", "--max-size=8")
-    assert result.code == 0, result.err
+    root, first, export = photos(tmp_path / "all", "cat", "dog", "fox"), tmp_path / "first", tmp_path / "export"
+    train_and_evaluate(of_folder(root), first)
+    seqpe_jax.load(first).export(export, max_size=8, platforms=("cpu",))
     some, other = photos(tmp_path / "some", "fox", "cat"), photos(tmp_path / "other", "dog", "fox", "zcat")
-    second = tmp_path / "second"
-    result = train(second, some, f"--init-from={first}")
-    assert result.code == 0 and "3 classes" in result.out, result.err
+    second, tuned = tmp_path / "second", {"init_from": str(first)}
+    train_and_evaluate(of_folder(some, **tuned), second)
     for checkpoint in (first, export, second):
         assert json.loads((checkpoint / "classes.json").read_text()) == ["cat", "dog", "fox"]
-    for checkpoint in (first, export):
-        result = evaluate(checkpoint, some)
-        assert result.code == 0 and "top1" in result.out, result.err
-        refused(evaluate(checkpoint, other), "zcat", f"unknown to the run of {checkpoint}", "cat, dog, fox")
-    refused(train(tmp_path / "third", other, f"--init-from={first}"), "zcat", f"unknown to the run of {first}")
+        unknown = ("zcat", f"unknown to the run of {checkpoint}", "cat, dog, fox")
+        assert 0 <= scores(checkpoint, some) <= 100
+        in_one_line(lambda checkpoint=checkpoint: scores(checkpoint, other), *unknown)
+    third = lambda: train_and_evaluate(of_folder(other, **tuned), tmp_path / "third")  # noqa: E731
+    in_one_line(third, "zcat", f"unknown to the run of {first}")
     older(first)
     (first / "classes.json").unlink()  # as in runs of before: places in sorted order
-    assert evaluate(first, other).code == 0
-    refused(evaluate(first, some), "has 2 classes, and the run of", "put back its classes.json")
+    assert 0 <= scores(first, other) <= 100
+    in_one_line(lambda: scores(first, some), "has 2 classes, and the run of", "put back its classes.json")
     for split in ("train", "validation", "test"):
         (root / split / "cat").rename(root / split / "zcat")
     (export / "classes.json").rename(first / "classes.json")
-    refused(train(first, root), "zcat", f"unknown to the run of {first}")
-
-
-def test_a_run_on_text_has_no_sizes(commands, tmp_path):
-    RunDir(tmp_path).write_config(config.to_dict(tiny_config()))
-    refused(commands("evaluate", f"--checkpoint={tmp_path}", "--sizes=8"), "--sizes", "--lengths")
+    in_one_line(lambda: train_and_evaluate(of_folder(root), first), "zcat", f"unknown to the run of {first}")

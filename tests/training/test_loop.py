@@ -480,14 +480,17 @@ def test_non_finite_parameters_are_not_saved(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_the_run(tmp_path, number):
-    def batches():
+    """A second one does what it would without us: SIGINT interrupts, others end the process."""
+    seen = []
+
+    def batches(count=1):
         for step in range(6):
-            if step == 3:
+            for _ in range(count if step == 3 else 0):
                 os.kill(os.getpid(), number)
             yield step, {}
 
     def handler(*_):
-        pass
+        seen.append(number)
 
     before = signal.signal(number, handler)
     try:
@@ -495,7 +498,10 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, number):
         with pytest.raises(hooks.Preempted, match=f"{number.name} at step 4") as caught:
             run(batches())
         assert list(run.checkpointer.saved) == [4] and caught.value.code == 75
-        assert signal.getsignal(number) == handler, "the previous handler is restored"
+        assert signal.getsignal(number) == handler and not seen, "the previous handler is restored"
+        with pytest.raises(hooks.Preempted):
+            Run(tmp_path / "twice")(batches(2))
+        assert seen == [number]
         if number == signal.SIGHUP:  # as under nohup
             signal.signal(number, signal.SIG_IGN)
             assert int(Run(tmp_path)(batches()).step) == 6

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import random
 import shutil
 import signal
 import socket
@@ -15,11 +14,14 @@ import pytest
 from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.data.tokens import token_source
 from seqpe_jax.training.checkpoint import TMP_SUFFIX
-from tests.commands import Commands, Result, Running, train_arguments
+from tests.commands import Commands, Result, Running, free_port, hosts, train_arguments
+from tests.run_files import lines, newest
 
 pytestmark = pytest.mark.slow
 
-CHEAP = {"config": "tests/tiny_text.py:alibi", "steps": 400, "checkpoint__every": 8, "report__every": 8}
+CHEAP = {"config": "tests/tiny_text.py:alibi", "steps": 64, "checkpoint__every": 8, "report__every": 8}
+# An evaluation after half of the steps that lasts for seconds.
+EVALUATED = {"eval__every": 32, "eval__lengths": (16,), "eval__batch_tokens": 16, "eval__tokens": 12_000}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def begin(commands, text):
     def start(
         workdir, count, devices, *, present=None, each=None, variables=None, timeout=300, **fields
     ) -> list[Running]:
-        port, running = _free_port(), []
+        port, running = free_port(), []
         for process in present or range(count):
             own = fields | (each or {}).get(process, {})
             arguments = train_arguments(workdir, text, **own)
@@ -59,32 +61,8 @@ def begin(commands, text):
     return start
 
 
-def hosts(port: int, count: int, process: int) -> list[str]:
-    return [f"--coordinator=localhost:{port}", f"--num-processes={count}", f"--process-id={process}"]
-
-
-def _free_port() -> int:
-    while True:
-        port = random.randrange(20000, 30000)
-        with socket.socket() as one, socket.socket() as other:
-            try:
-                one.bind(("localhost", port))
-                other.bind(("localhost", port - 1))
-                return port
-            except OSError:
-                continue
-
-
 def finish(commands: Commands, running: list[Running]) -> list[Result]:
     return [commands.wait(one) for one in running]
-
-
-def lines(workdir: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def newest(workdir: pathlib.Path) -> int:
-    return max((int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0)
 
 
 def interrupt(commands, running, workdir, who: int, number: int) -> tuple[list[Result], float]:
@@ -200,28 +178,34 @@ def test_a_stopped_process_and_a_sleeping_loader_are_named_in_time(commands, beg
 
 
 def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, begin, tmp_path):
-    workdir = tmp_path / "run"
-    results, seconds = interrupt(commands, begin(workdir, 2, 1, **CHEAP), workdir, 1, signal.SIGKILL)
+    workdir, fields = tmp_path / "run", CHEAP | EVALUATED
+    results, seconds = interrupt(commands, begin(workdir, 2, 1, **fields), workdir, 1, signal.SIGKILL)
     assert results[1].code == -signal.SIGKILL and results[0].code == 1 and seconds < 60
     [line] = said(results[0])
     assert line.startswith(f"process 1 (on {socket.gethostname()}) was killed")
     killed_at = newest(workdir)
 
-    results, seconds = interrupt(commands, begin(workdir, 2, 1, **CHEAP), workdir, 0, signal.SIGKILL)
+    results, seconds = interrupt(commands, begin(workdir, 2, 1, **fields), workdir, 0, signal.SIGKILL)
     assert f"resuming at step {killed_at}" in results[0].out
     # JAX's own service may end the second process in the same instant, by an abort; its last word is there anyhow.
     assert results[0].code == -signal.SIGKILL and results[1].code in (1, -signal.SIGABRT) and seconds < 60
     assert [line[:41] for line in said(results[1])] == ["process 1: process 0, the coordinator (at"]
 
-    results, _ = interrupt(commands, begin(workdir, 2, 1, **CHEAP), workdir, 0, signal.SIGINT)
-    stopped_at = newest(workdir)
-    assert [result.code for result in results] == [75, 75] and stopped_at > killed_at
-    assert [said(result) for result in results] == [
-        [f"preempted at step {stopped_at}: saved; the same command resumes from there"],
-        [],
-    ]
+    running, deadline = begin(workdir, 2, 1, **fields), time.monotonic() + 900
+    while lines(workdir)[-1]["step"] != 32:  # it evaluates
+        assert time.monotonic() < deadline, [one.err for one in running]
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(running[1].process, signal.SIGINT)
+    results = finish(commands, running)
+    assert [result.code for result in results] == [75, 75], results
+    assert said(results[0]) == ["preempted at step 32: saved; the same command resumes from there"]
+    assert not said(results[1]) and not any("eval/loss@16" in line for line in lines(workdir)), "it waited for the end"
+    results = finish(commands, begin(workdir, 2, 1, **fields | {"eval__tokens": 64}))
+    assert [result.code for result in results] == [0, 0], results
+    assert [line["step"] for line in lines(workdir) if "eval/loss@16" in line] == [32, 64]
 
-    found, port = tmp_path / "found.json", _free_port()
+    found, port = tmp_path / "found.json", free_port()
     given = [f"--checkpoint={workdir}", "--lengths=16", "--contexts=8,16", "--tokens=70", f"--output={found}"]
     two = finish(commands, [commands.start("evaluate", *given, *hosts(port, 2, process)) for process in range(2)])
     assert [result.code for result in two] == [0, 0], two[0].err
@@ -231,54 +215,10 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     assert [result["loss"] for result in json.loads(found.read_text())["results"]] == pytest.approx(losses, abs=1e-5)
 
 
-def test_a_stop_of_one_ends_an_evaluation_of_all(commands, begin, tmp_path):
-    workdir, text = tmp_path / "run", tmp_path / "long.txt"  # so long that its evaluation lasts for seconds
-    text.write_text("".join(f"{number} times {number} is {number * number}\n" for number in range(40_000)))
-    long = CHEAP | {
-        "data__paths": text,
-        "eval__every": 8,
-        "eval__lengths": (16,),
-        "eval__batch_tokens": 16,
-        "report__every": 1,
-        "eval__tokens": 30_000,
-        "steps": 64,
-    }
-    running, deadline = begin(workdir, 2, 1, **long), time.monotonic() + 900
-    while not ((workdir / "metrics.jsonl").exists() and (reported := lines(workdir)) and reported[-1]["step"] == 8):
-        assert time.monotonic() < deadline, [one.err for one in running]
-        time.sleep(0.01)
-    time.sleep(0.1)
-    os.kill(running[1].process, signal.SIGTERM)
-    results = finish(commands, running)
-    assert [result.code for result in results] == [75, 75], results
-    assert said(results[0]) == ["preempted at step 8: saved; the same command resumes from there"]
-    assert not any("eval/loss@16" in line for line in lines(workdir)), "it did not wait for the end"
-    results = finish(commands, begin(workdir, 2, 1, **long | {"eval__tokens": 64}))
-    assert [result.code for result in results] == [0, 0], results
-    assert [line["step"] for line in lines(workdir) if "eval/loss@16" in line] == list(range(8, 65, 8))
-
-
 def test_processes_that_do_not_fit_end_with_one_line(commands, begin, tmp_path):
-    results = finish(commands, begin(tmp_path / "a", 2, 1, each={1: {"optimizer__clip": 0.5}}, **CHEAP))
-    assert [result.code for result in results] == [2, 2] and said(results[1]) == []
-    [line] = said(results[0])
-    assert line.startswith("error: the processes of this run differ in config.optimizer.clip: ")
-    assert "0.5 (process 1)" in line
-
-    results = finish(commands, begin(tmp_path / "b", 2, 1, **CHEAP | {"batch_size": 7}))
-    assert [result.code for result in results] == [2, 2] and said(results[1]) == []
-    [line] = said(results[0])
-    assert line.startswith("error: microbatch size 7 (batch_size=7 ") and not (tmp_path / "b").exists()
-
-    # Each alone would train; only the second cannot keep its data.
+    # Each of "cache" would train alone; only the second cannot keep its data.
     (tmp_path / "file").write_text("")
-    results = finish(
-        commands, begin(tmp_path / "c", 2, 1, variables={1: {"SEQPE_JAX_CACHE": str(tmp_path / "file")}}, **CHEAP)
-    )
-    assert [result.code for result in results] == [2, 2] and said(results[1]) == []
-    [line] = said(results[0])
-    assert line.startswith(f"process 1 (on {socket.gethostname()}): error: cannot write to the cache")
-
+    no_cache = {1: {"SEQPE_JAX_CACHE": str(tmp_path / "file")}}
     # Under one path, with one size and time, the two hosts have other texts.
     caches = {process: {"SEQPE_JAX_CACHE": str(tmp_path / f"cache{process}")} for process in range(2)}
     own, fields = tmp_path / "own.txt", {"split": "train", "tokenizer": ByteTokenizer(), "progress": False}
@@ -287,11 +227,25 @@ def test_processes_that_do_not_fit_end_with_one_line(commands, begin, tmp_path):
     token_source("text_files", paths=(str(own),), cache_dir=caches[0]["SEQPE_JAX_CACHE"], **fields)
     own.write_text("line 1 of a text\n" * 200)
     os.utime(own, ns=(written, written))
-    results = finish(commands, begin(tmp_path / "e", 2, 1, variables=caches, **CHEAP | {"data__paths": own}))
-    assert [result.code for result in results] == [2, 2] and said(results[1]) == [], results
-    [line] = said(results[0])
-    assert line.startswith("error: the processes of this run differ in train split of text_files: 3,077 tokens (finger")
-    assert f"(process 0 on {socket.gethostname()}), 3,077 tokens (fingerprint" in line and not (tmp_path / "e").exists()
-
-    [main] = finish(commands, begin(tmp_path / "d", 2, 1, present=[0], timeout=1, **CHEAP))
+    running = {  # all at once: they wait for each other most of the time
+        "config": begin(tmp_path / "config", 2, 1, each={1: {"optimizer__clip": 0.5}}, **CHEAP),
+        "batch": begin(tmp_path / "batch", 2, 1, **CHEAP | {"batch_size": 7}),
+        "cache": begin(tmp_path / "cache", 2, 1, variables=no_cache, **CHEAP),
+        "data": begin(tmp_path / "data", 2, 1, variables=caches, **CHEAP | {"data__paths": own}),
+    }
+    late = begin(tmp_path / "late", 2, 1, present=[0], timeout=1, **CHEAP)
+    found = {}
+    for name, processes in running.items():
+        results = finish(commands, processes)
+        assert [result.code for result in results] == [2, 2] and said(results[1]) == [], results
+        [found[name]] = said(results[0])
+        assert not (tmp_path / name).exists()
+    host = socket.gethostname()
+    assert found["config"].startswith("error: the processes of this run differ in config.optimizer.clip: ")
+    assert "0.5 (process 1)" in found["config"]
+    assert found["batch"].startswith("error: microbatch size 7 (batch_size=7 ")
+    assert found["cache"].startswith(f"process 1 (on {host}): error: cannot write to the cache")
+    words = "error: the processes of this run differ in train split of text_files: 3,077 tokens (finger"
+    assert found["data"].startswith(words) and f"(process 0 on {host}), 3,077 tokens (fingerprint" in found["data"]
+    [main] = finish(commands, late)
     assert main.code == 1 and main.err.startswith("process 1 of 2 did not come within 1 s (came: 0 on "), main.err

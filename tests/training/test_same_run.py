@@ -17,8 +17,11 @@ from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.training.metrics_writer import MetricsWriter
 from seqpe_jax.training.resume import check_same_run, check_space, random_bits_of, with_random_bits
 from seqpe_jax.training.trainer import Trainer
+from tests.run_files import arrays, bits, measured
 from tests.tiny import tiny_config, train
 from tests.training.test_trainer import written
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.parametrize("variant", ["seqpe", "rotary"])
@@ -164,7 +167,7 @@ def test_more_steps(tmp_path, schedule, fields, step, refused):
 
 @pytest.mark.slow
 def test_a_run_extended_before_its_decay_is_one_that_was_that_long_from_the_beginning(tmp_path, monkeypatch):
-    """Bit for bit: the order of the data, masks of the device's own bits and the learning rates go on."""
+    """Bit for bit: the order of the data, sampled positions, masks of the device's own bits and the learning rates go on."""
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
     fields = LENGTHS | {
@@ -174,16 +177,17 @@ def test_a_run_extended_before_its_decay_is_one_that_was_that_long_from_the_begi
         "data__paths": (str(tmp_path / "text.txt"),),
         "precision__random_bits": "rbg",
         "model__dropout": 0.1,
-        "variant": "none",
+        "encoding__dropout": 0.1,
+        "objective__shift__rate": 0.3,
     }
     train(tiny_config(**fields), tmp_path / "short")
     shutil.rmtree(tmp_path / "short" / "checkpoints" / "6")  # as if it had been stopped there
     longer = tiny_config(**fields | {"steps": 8})
     train(longer, tmp_path / "short")
     train(longer, tmp_path / "long")
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("short", "long")]
-    losses = [[json.loads(line)["train/loss"] for line in own] for own in lines]
-    assert losses[0] == losses[1] and len(losses[0]) == 8
+    runs = (tmp_path / "short", tmp_path / "long")
+    first, second = ((measured(run), bits(arrays(run, 8))) for run in runs)
+    assert first == second and len(first[0]) == 8 and len(first[1]) > 50
     assert json.loads((tmp_path / "short" / "config.json").read_text())["steps"] == 8
 
 

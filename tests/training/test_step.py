@@ -1,4 +1,7 @@
-"""The compiled train step: equal on meshes, with accumulation, remat and a loop over layers; its three loss terms."""
+"""The compiled train step: equal on meshes and in bfloat16, its sharding, and its three loss terms.
+
+Microbatches, recomputation and a loop over layers: tests/repository/test_equal_steps.py.
+"""
 
 import dataclasses
 import functools
@@ -11,11 +14,10 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.encodings import digit_encoder, seqpe
-from seqpe_jax.models import transformer
-from seqpe_jax.training.step import TrainState, create_train_state
+from seqpe_jax.training.step import TrainState
 from seqpe_jax.training.trainer import Trainer
 from tests.inference.test_export import vit_config
-from tests.tiny import random_params, tiny_config, tokens
+from tests.tiny import random_params, random_state, tiny_config, tokens
 
 pytestmark = pytest.mark.slow
 
@@ -29,31 +31,34 @@ class Steps:
     """Losses and states of a few steps, and their program."""
 
     parts: Trainer
-    losses: np.ndarray
+    metrics: list
     before: TrainState  # on the host
     after: TrainState
-    traced: str
     compiled: jax.stages.Compiled
 
     @functools.cached_property
     def params(self):
         return jax.device_get(self.after.params)
 
+    @property
+    def losses(self):
+        return np.array([float(metrics["loss"]) for metrics in self.metrics])
+
 
 def run(settings, devices, start=None):
-    """Takes a few steps from a state, or from step 0."""
+    """Takes a few steps from a state, or from random parameters."""
     parts = Trainer.of(settings, devices)
-    if start is None:
-        state = parts.init_state()
-    else:  # compiling the initialization takes a third of the time
-        state = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), start, parts.abstract_state)
-    before, losses = jax.tree.map(np.array, state), []  # a copy: a step donates its state
-    traced = parts.jit_train_step().trace(state, batch_of(parts, 0))
-    compiled = traced.lower().compile()
+    start = jax.device_get(random_state(parts, 0.1)) if start is None else start
+    state, metrics = on_mesh(parts, start), []
+    compiled = parts.jit_train_step().lower(state, batch_of(parts, 0)).compile()
     for n in range(STEPS):
-        state, metrics = compiled(state, batch_of(parts, n))
-        losses.append(float(metrics["loss"]))
-    return Steps(parts, np.array(losses), before, state, str(traced.jaxpr), compiled)
+        state, found = compiled(state, batch_of(parts, n))
+        metrics.append(found)
+    return Steps(parts, metrics, start, state, compiled)
+
+
+def on_mesh(parts, state):
+    return jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), state, parts.abstract_state)
 
 
 def batch_of(parts, n):
@@ -91,11 +96,11 @@ def single_images(images):
     return run(images, jax.devices()[:1])
 
 
-def check_mesh(settings, expected, sizes, start=None):
+def check_mesh(settings, expected, sizes):
     """Checks that steps on a mesh equal those of one device, and that parameters and moments are sharded."""
     sizes = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes
     settings = dataclasses.replace(settings, mesh=config.MeshConfig(**sizes))
-    found = run(settings, jax.devices(), start)
+    found = run(settings, jax.devices(), expected.before)
     np.testing.assert_allclose(found.losses, expected.losses, atol=1e-5)
     for one, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max() + 1e-6)
@@ -118,23 +123,14 @@ def count_rows(settings):
     return -(-(rows + terms.distillation.batch * terms.distillation.offsets) // 8) * 8
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"data": 8},
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        {"data": 2, "context": 4},
-    ],
-    ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
-)
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_meshes_equal_one_device(with_offsets, single, sizes, monkeypatch):
     levels, build_trie = [], digit_encoder.build_trie
     noted = lambda digits, base, sizes: levels.append(sizes) or build_trie(digits, base, sizes)  # noqa: E731
     monkeypatch.setattr(digit_encoder, "build_trie", noted)
     if "tensor" in sizes:
         monkeypatch.setattr(seqpe, "MAX_SHARED_FRACTION", 10.0)  # eight rows per device share too few prefixes
-    # On one mesh, the initialization is sharded as well.
-    program = check_mesh(with_offsets, single, sizes, None if "tensor" in sizes else single.before)
+    program = check_mesh(with_offsets, single, sizes)
     rows, places = count_rows(with_offsets), 4  # three digits, and CLS; hidden units of the encoder: 96
     assert f"f32[{rows},{places},96]" not in program and f"f32[{rows},96]" not in program
     if "tensor" in sizes:  # each device has a trie of its own rows
@@ -145,54 +141,28 @@ def test_meshes_equal_one_device(with_offsets, single, sizes, monkeypatch):
 
 def test_a_mesh_equals_one_device_on_images(images, single_images):
     sizes = {"fsdp": 2, "context": 2, "tensor": 2}
-    program = check_mesh(images, single_images, sizes, single_images.before)
+    program = check_mesh(images, single_images, sizes)
     rows, places = count_rows(images), 7  # three digits for each coordinate, and CLS
     assert f"f32[{rows // 8},{places},16]" in program and f"f32[{rows},{places},16]" not in program
 
 
+def test_an_initial_state_on_a_mesh_is_that_of_one_device():
+    settings = tiny_config(variant="learned")
+    mesh = config.MeshConfig(data=2, fsdp=2, tensor=2)
+    parts = (settings, jax.devices()[:1]), (dataclasses.replace(settings, mesh=mesh), jax.devices())
+    alone, sharded = (Trainer.of(*part).init_state() for part in parts)
+    assert sharded.params["model"]["blocks_0"]["mlp_in"]["kernel"].sharding.spec == ("fsdp", "tensor")
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), alone, sharded)
+
+
 def test_one_compilation_serves_perturbed_and_other_steps(single):
     """A perturbed step has no distillation loss."""
-    step, state, seen = single.parts.jit_train_step(), jax.tree.map(jnp.copy, single.after), {}
-    for n in range(STEPS, STEPS + 8):
-        state, metrics = step(state, batch_of(single.parts, n))
+    seen, state = {}, on_mesh(single.parts, single.before)
+    for n in range(11):
+        state, metrics = single.compiled(state, batch_of(single.parts, n))
         seen.setdefault(float(metrics["moved"]), []).append(float(metrics["term/distillation"]))
     assert set(seen) == {0.0, 1.0}
     assert all(value == 0.0 for value in seen[1.0]) and all(value > 0.0 for value in seen[0.0])
-    assert step._cache_size() == 1
-
-
-def test_a_loop_over_layers_equals_the_plain_step():
-    """Each layer has its own signal; the position losses, which use no layer, are off."""
-    off = {"objective__contrastive__weight": 0.0, "objective__distillation__weight": 0.0}
-    plain = tiny_config(model__layers=3, **off, **WITHOUT_DROPOUT)
-    assert plain.encoding.qk == "multi"
-    looped = dataclasses.replace(plain, model=dataclasses.replace(plain.model, scan=True, remat="dots"))
-    one, two = Trainer.of(plain, jax.devices()[:1]), Trainer.of(looped, jax.devices()[:1])
-    first = one.init_state()
-    params = jax.tree.map(jnp.copy, first.params)  # a step takes its state
-    second = create_train_state(
-        params | {"model": transformer.stack_layers(params["model"], 3)}, two.optimizer, jnp.copy(first.key)
-    )
-    results = [parts.jit_train_step()(state, batch_of(parts, 0)) for parts, state in ((one, first), (two, second))]
-    assert float(results[0][1]["loss"]) == pytest.approx(float(results[1][1]["loss"]), abs=1e-5)
-    params = results[1][0].params
-    params = params | {"model": transformer.unstack_layers(params["model"], 3)}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[0][0].params, params)
-
-
-def test_accumulation_equals_the_plain_step(with_offsets, single):
-    parted = dataclasses.replace(with_offsets, optimizer=dataclasses.replace(with_offsets.optimizer, accumulate=2))
-    assert with_offsets.optimizer.accumulate != parted.optimizer.accumulate
-    found = run(parted, jax.devices()[:1], single.before)
-    np.testing.assert_allclose(single.losses, found.losses, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), single.params, found.params)
-
-
-def test_remat_equals_the_plain_step(with_offsets, single):
-    remat = dataclasses.replace(with_offsets, model=dataclasses.replace(with_offsets.model, remat="full"))
-    found = run(remat, jax.devices()[:1], single.before)
-    assert "remat" not in single.traced and ("remat" in found.traced or "checkpoint" in found.traced)
-    np.testing.assert_allclose(single.losses, found.losses, atol=1e-5)
 
 
 def test_bfloat16_arithmetic_follows_the_plain_step(with_offsets, single):
@@ -208,13 +178,10 @@ def test_bfloat16_arithmetic_follows_the_plain_step(with_offsets, single):
         assert np.linalg.norm(other - plain) <= 0.1 * np.linalg.norm(plain - first) + 1e-6
 
 
-@functools.cache
-def gradients(contrastive, distillation):
-    """Gradients of the first step, and of a step after the warm-up of the terms."""
-    terms = {"contrastive": contrastive, "distillation": distillation}
-    fields = {f"objective__{name}__weight": weight for name, weight in terms.items()}
-    fields |= {f"objective__{name}__warmup_steps": 10**9 for name in terms}
-    settings = tiny_config(**fields, **WITHOUT_DROPOUT)
+def gradients(term):
+    """Gradients of a loss with one of the terms: before its warm-up, in which its weight is zero, and after it."""
+    weights = {f"objective__{name}__weight": float(name == term) for name in ("contrastive", "distillation")}
+    settings = tiny_config(**weights, **{f"objective__{term}__warmup_steps": 10**9}, **WITHOUT_DROPOUT)
     parts = Trainer.of(settings, jax.devices()[:1])
     params = random_params(parts, 0.1)
     loss = lambda p, step: parts.train_loss.loss(p, tokens(settings), jax.random.PRNGKey(1), step)[0]  # noqa: E731
@@ -222,11 +189,10 @@ def gradients(contrastive, distillation):
     return gradient(params, jnp.int32(0)), gradient(params, jnp.int32(10**9))
 
 
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)], ids=["contrastive", "distillation"])
-def test_a_zero_weight_gives_zero_gradient(weights):
-    (off, same), (nearly_off, on) = gradients(0.0, 0.0), gradients(*weights)
-    jax.tree.map(np.testing.assert_array_equal, off, same)  # nothing else depends on the step
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), off, nearly_off)
-    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), on, off)
-    assert max(jax.tree.leaves(difference["encoding"])) > 1e-6
-    assert max(jax.tree.leaves(difference["model"])) < 1e-6  # two programs round differently
+def test_a_zero_weight_gives_zero_gradient():
+    (task, contrastive), (same, distillation) = gradients("contrastive"), gradients("distillation")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), task, same)
+    for off, on in ((task, contrastive), (same, distillation)):
+        difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), on, off)
+        assert max(jax.tree.leaves(difference["encoding"])) > 1e-6
+        assert max(jax.tree.leaves(difference["model"])) == 0.0
