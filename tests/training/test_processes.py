@@ -216,9 +216,26 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
 
 
 def test_processes_that_do_not_fit_end_with_one_line(commands, begin, tmp_path):
-    # Each of "cache" would train alone; only the second cannot keep its data.
+    results = finish(commands, begin(tmp_path / "a", 2, 1, each={1: {"optimizer__clip": 0.5}}, **CHEAP))
+    assert [result.code for result in results] == [2, 2] and said(results[1]) == []
+    [line] = said(results[0])
+    assert line.startswith("error: the processes of this run differ in config.optimizer.clip: ")
+    assert "0.5 (process 1)" in line
+
+    results = finish(commands, begin(tmp_path / "b", 2, 1, **CHEAP | {"batch_size": 7}))
+    assert [result.code for result in results] == [2, 2] and said(results[1]) == []
+    [line] = said(results[0])
+    assert line.startswith("error: microbatch size 7 (batch_size=7 ") and not (tmp_path / "b").exists()
+
+    # Each alone would train; only the second cannot keep its data.
     (tmp_path / "file").write_text("")
-    no_cache = {1: {"SEQPE_JAX_CACHE": str(tmp_path / "file")}}
+    results = finish(
+        commands, begin(tmp_path / "c", 2, 1, variables={1: {"SEQPE_JAX_CACHE": str(tmp_path / "file")}}, **CHEAP)
+    )
+    assert [result.code for result in results] == [2, 2] and said(results[1]) == []
+    [line] = said(results[0])
+    assert line.startswith(f"process 1 (on {socket.gethostname()}): error: cannot write to the cache")
+
     # Under one path, with one size and time, the two hosts have other texts.
     caches = {process: {"SEQPE_JAX_CACHE": str(tmp_path / f"cache{process}")} for process in range(2)}
     own, fields = tmp_path / "own.txt", {"split": "train", "tokenizer": ByteTokenizer(), "progress": False}
@@ -227,25 +244,11 @@ def test_processes_that_do_not_fit_end_with_one_line(commands, begin, tmp_path):
     token_source("text_files", paths=(str(own),), cache_dir=caches[0]["SEQPE_JAX_CACHE"], **fields)
     own.write_text("line 1 of a text\n" * 200)
     os.utime(own, ns=(written, written))
-    running = {  # all at once: they wait for each other most of the time
-        "config": begin(tmp_path / "config", 2, 1, each={1: {"optimizer__clip": 0.5}}, **CHEAP),
-        "batch": begin(tmp_path / "batch", 2, 1, **CHEAP | {"batch_size": 7}),
-        "cache": begin(tmp_path / "cache", 2, 1, variables=no_cache, **CHEAP),
-        "data": begin(tmp_path / "data", 2, 1, variables=caches, **CHEAP | {"data__paths": own}),
-    }
-    late = begin(tmp_path / "late", 2, 1, present=[0], timeout=1, **CHEAP)
-    found = {}
-    for name, processes in running.items():
-        results = finish(commands, processes)
-        assert [result.code for result in results] == [2, 2] and said(results[1]) == [], results
-        [found[name]] = said(results[0])
-        assert not (tmp_path / name).exists()
-    host = socket.gethostname()
-    assert found["config"].startswith("error: the processes of this run differ in config.optimizer.clip: ")
-    assert "0.5 (process 1)" in found["config"]
-    assert found["batch"].startswith("error: microbatch size 7 (batch_size=7 ")
-    assert found["cache"].startswith(f"process 1 (on {host}): error: cannot write to the cache")
-    words = "error: the processes of this run differ in train split of text_files: 3,077 tokens (finger"
-    assert found["data"].startswith(words) and f"(process 0 on {host}), 3,077 tokens (fingerprint" in found["data"]
-    [main] = finish(commands, late)
+    results = finish(commands, begin(tmp_path / "e", 2, 1, variables=caches, **CHEAP | {"data__paths": own}))
+    assert [result.code for result in results] == [2, 2] and said(results[1]) == [], results
+    [line] = said(results[0])
+    assert line.startswith("error: the processes of this run differ in train split of text_files: 3,077 tokens (finger")
+    assert f"(process 0 on {socket.gethostname()}), 3,077 tokens (fingerprint" in line and not (tmp_path / "e").exists()
+
+    [main] = finish(commands, begin(tmp_path / "d", 2, 1, present=[0], timeout=1, **CHEAP))
     assert main.code == 1 and main.err.startswith("process 1 of 2 did not come within 1 s (came: 0 on "), main.err
