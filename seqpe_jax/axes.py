@@ -13,7 +13,7 @@ device mesh; it is set while a function is traced (`use_sharding`). Without one,
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 BATCH = "batch"
@@ -31,10 +31,8 @@ PARAM_SHARDS = "param_shards"  # WIDTH of parameters as stored
 VOCABULARY_SHARDS = "vocabulary_shards"  # over as many devices as share the stored parameters
 
 _CURRENT: contextvars.ContextVar[Any] = contextvars.ContextVar("sharding", default=None)  # a MeshSharding, or None
-# Logical name -> mesh axes, inside `shard_map`; None outside.
-_MESH_AXES: contextvars.ContextVar[Mapping[str, tuple[str, ...]] | None] = contextvars.ContextVar(
-    "mesh_axes", default=None
-)
+# Collectives of a mesh, inside `shard_map`; None outside.
+_COLLECTIVES: contextvars.ContextVar[Any] = contextvars.ContextVar("collectives", default=None)
 
 
 @contextlib.contextmanager
@@ -111,48 +109,47 @@ def shard_map(
 
 
 @contextlib.contextmanager
-def use_mesh_axes(mesh_axes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
-    """Sets the mesh axes of the collectives below, by logical name, for what is traced in the block."""
-    token = _MESH_AXES.set(mesh_axes)
+def use_collectives(collectives: Any) -> Iterator[None]:
+    """Sets the collectives of what is traced in the block.
+
+    Args:
+      collectives: `distributed.sharding.Collectives`; None = those below return arrays as they are.
+    """
+    token = _COLLECTIVES.set(collectives)
     try:
         yield
     finally:
-        _MESH_AXES.reset(token)
+        _COLLECTIVES.reset(token)
 
 
 def psum(array: Any, name: str) -> Any:
-    """Returns the sum over the shards of a logical name, inside `shard_map`; elsewhere the array itself."""
-    return _collective("psum", array, name)
+    """Returns the sum over the shards of a logical name, inside `shard_map`; outside of it the array itself."""
+    collectives = _COLLECTIVES.get()
+    return array if collectives is None else collectives.psum(array, name)
 
 
 def pmax(array: Any, name: str) -> Any:
-    """Returns the maximum over the shards of a logical name, inside `shard_map`; elsewhere the array itself."""
-    return _collective("pmax", array, name)
+    """Returns the maximum over the shards of a logical name, inside `shard_map`; outside of it the array itself."""
+    collectives = _COLLECTIVES.get()
+    return array if collectives is None else collectives.pmax(array, name)
 
 
 def all_gather(array: Any, name: str, dimension: int = 0) -> Any:
     """Returns all shards of a logical name, concatenated along a dimension; outside of `shard_map` the array itself."""
-    return _collective("all_gather", array, name, axis=dimension, tiled=True)
+    collectives = _COLLECTIVES.get()
+    return array if collectives is None else collectives.all_gather(array, name, dimension)
 
 
 def psum_scatter(array: Any, name: str) -> Any:
     """Returns this shard's part, along the first dimension, of the sum over the shards; outside of `shard_map` the array."""
-    return _collective("psum_scatter", array, name, tiled=True)
+    collectives = _COLLECTIVES.get()
+    return array if collectives is None else collectives.psum_scatter(array, name)
 
 
 def shard_index(name: str) -> Any:
-    """Returns the index of this shard of a logical name, inside `shard_map`; elsewhere 0."""
-    return _collective("axis_index", None, name)
-
-
-def _collective(primitive: str, array: Any, name: str, **options: Any) -> Any:
-    """The result of a collective of `jax.lax` over the mesh axes of a logical name."""
-    from jax import lax
-
-    mesh_axes = (_MESH_AXES.get() or {}).get(name)
-    if primitive == "axis_index":
-        return lax.axis_index(mesh_axes) if mesh_axes else 0
-    return getattr(lax, primitive)(array, mesh_axes, **options) if mesh_axes else array
+    """Returns the index of this shard of a logical name, inside `shard_map`; outside of it 0."""
+    collectives = _COLLECTIVES.get()
+    return 0 if collectives is None else collectives.shard_index(name)
 
 
 def size_label(eval_size: Sequence[int]) -> str:

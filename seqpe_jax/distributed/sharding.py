@@ -32,7 +32,7 @@ from seqpe_jax.axes import (
     VOCABULARY,
     VOCABULARY_SHARDS,
     WIDTH,
-    use_mesh_axes,
+    use_collectives,
     use_sharding,
 )
 from seqpe_jax.errors import InputError
@@ -181,6 +181,30 @@ def _check_slices(devices: Sequence[jax.Device], slices: int, shape: tuple[int, 
     return len(sizes)
 
 
+class Collectives:
+    """The collectives of `axes`, over the mesh axes of a logical name; inside `shard_map`."""
+
+    def psum(self, array: jax.Array, name: str) -> jax.Array:
+        """Returns the sum over shards."""
+        return jax.lax.psum(array, ACTIVATION_RULES[name])
+
+    def pmax(self, array: jax.Array, name: str) -> jax.Array:
+        """Returns the maximum over shards."""
+        return jax.lax.pmax(array, ACTIVATION_RULES[name])
+
+    def all_gather(self, array: jax.Array, name: str, dimension: int) -> jax.Array:
+        """Returns all shards, concatenated along a dimension."""
+        return jax.lax.all_gather(array, ACTIVATION_RULES[name], axis=dimension, tiled=True)
+
+    def psum_scatter(self, array: jax.Array, name: str) -> jax.Array:
+        """Returns this shard's part, along the first dimension, of the sum over shards."""
+        return jax.lax.psum_scatter(array, ACTIVATION_RULES[name], tiled=True)
+
+    def shard_index(self, name: str) -> jax.Array:
+        """Returns the index of this shard."""
+        return jax.lax.axis_index(ACTIVATION_RULES[name])
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshSharding:
     """Shardings of activations on a mesh by logical names (`ACTIVATION_RULES`); set by `axes.use_sharding`."""
@@ -254,7 +278,7 @@ class MeshSharding:
             return jnp.pad(array, [(0, padding if name == LENGTH else 0) for name in names])
 
         def without_constraints(*arguments: Any) -> Any:
-            with use_sharding(None), use_mesh_axes(ACTIVATION_RULES):
+            with use_sharding(None), use_collectives(Collectives()):
                 return function(*arguments)
 
         arguments = [pad(array, own) for array, own in zip(arguments, names, strict=True)]

@@ -44,8 +44,8 @@ def test_a_saved_attention_result_is_not_computed_again(remat, forward_runs):
     assert runs(lambda inputs: blockwise_attention(inputs, block=4), "exp") == 2 * forward_runs + 1
 
 
-@pytest.mark.parametrize("length, kept", [(16, 4), (18, 18)])
-def test_states_between_blocks_are_split_along_the_sequence(length, kept):
+@pytest.mark.parametrize("length, stored", [(16, 4), (18, 18)])
+def test_states_between_blocks_are_split_along_the_sequence(length, stored):
     """Under the mesh axis tensor, where it divides the length."""
     layers, batch, width = 3, 2, 8
     config = TransformerConfig(layers=layers, width=width, heads=4, mlp_width=16, scan=True, remat="full")
@@ -58,4 +58,4 @@ def test_states_between_blocks_are_split_along_the_sequence(length, kept):
 
     text = jax.jit(jax.grad(with_mesh(make_mesh(2, 1, 1, 4), loss))).lower(params).compile().as_text()
     states = {size for size in (4, 16, 18) if f"f32[{layers},{batch // 2},{size},{width}]" in text}
-    assert states == {kept}
+    assert states == {stored}
