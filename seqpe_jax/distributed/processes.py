@@ -36,6 +36,9 @@ GPU_MEMORY_VARIABLES = (
 )
 # What compiles a step; of the last three a machine has one or none.
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+# JAX ends a run without a name, in a C++ stack trace, when a process sends nothing for so long; the roll call notices one
+# that is lost within half a minute, and the watchdog of a run one that is stopped.
+HEARTBEAT_SECONDS = 3600
 SHARED_FILE_SECONDS = 60.0  # for a network file system to show a new file everywhere
 
 _roll_call: roll_call.Coordinator | roll_call.Worker | None = None
@@ -104,6 +107,7 @@ def initialize(
         devices,
         cluster_detection_method="deactivate",
         initialization_timeout=int(max(seconds, 60)),
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     if jax.device_count() != num_processes * jax.local_device_count():
         raise InputError(
@@ -211,28 +215,31 @@ def hosts() -> dict[int, str]:
     return _roll_call.hosts if isinstance(_roll_call, roll_call.Coordinator) else {}
 
 
-def on_stall(answer: Callable[[], roll_call.Status], end_run: Callable[[roll_call.Status], None]) -> None:
+def on_stall(answer: Callable[[bool], roll_call.Status], check: Callable[[roll_call.Status], None]) -> None:
     """Sets what the processes do when one makes no progress.
 
     Args:
-      answer: returns what this process does; called in a thread of its own when the main process asks.
-      end_run: called on the main process, in a thread, with the status of a process that reports a stall.
+      answer: (whether to write stacks) -> what this process does; called in a thread of its own when the main process asks.
+      check: called on the main process, in a thread, with the status of a process that reports a stall.
     """
     if isinstance(_roll_call, roll_call.Worker):
         _roll_call.answer = answer
     elif _roll_call is not None:
-        _roll_call.end_run = end_run
+        _roll_call.check = check
 
 
-def ask_all() -> dict[int, roll_call.Status | None]:
-    """Asks the workers what they do, on the main process; None for those that do not answer soon."""
-    return _roll_call.ask_all() if isinstance(_roll_call, roll_call.Coordinator) else {}
+def ask_all(with_stacks: bool) -> dict[int, roll_call.Status | None]:
+    """Asks the workers what they do, on the main process; None for those that do not answer soon.
+
+    Args:
+      with_stacks: they write their stacks too.
+    """
+    return _roll_call.ask_all(with_stacks) if isinstance(_roll_call, roll_call.Coordinator) else {}
 
 
-def report_stall(status: roll_call.Status) -> None:
-    """Reports, on a worker, that it makes no progress; returns only if the main process does not answer."""
-    if isinstance(_roll_call, roll_call.Worker):
-        _roll_call.report_stall(status)
+def report_stall(status: roll_call.Status) -> bool:
+    """Reports, on a worker, that it makes no progress; returns whether the main process answers."""
+    return isinstance(_roll_call, roll_call.Worker) and _roll_call.report_stall(status)
 
 
 def exit_alone(code: int, reason: str) -> NoReturn:

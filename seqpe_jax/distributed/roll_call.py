@@ -25,8 +25,7 @@ MISMATCH_SECONDS = 5.0  # after the first process that does not match, to name o
 GRACE_SECONDS = 3.0  # between a worker's failure and its report: the coordinator often fails likewise, and reports that
 EXIT_SECONDS = 5.0  # for workers to exit before the coordinator does
 ABORT_SECONDS = 15.0  # for the coordinator to answer a worker that fails
-ANSWER_SECONDS = 5.0  # for another process to say what it does
-STALL_SECONDS = 600.0  # for the coordinator to end a run that makes no progress
+ANSWER_SECONDS = 20.0  # for another process to say what it does, on a busy machine too
 MAX_MESSAGE_BYTES = 1 << 24
 MAX_SHOWN = 5  # differences in a message
 BARRIER = "barrier"  # key of an exchange
@@ -145,7 +144,7 @@ class Coordinator:
         self._exchanges: dict[str, dict[int, Any]] = {}  # key -> values by process
         self._statuses: dict[int, Status] = {}
         self._answers: dict[int, Status] = {}
-        self.end_run: Callable[[Status], object] = lambda status: None  # called when a worker reports a stall
+        self.check: Callable[[Status], object] = lambda status: None  # called when a worker reports a stall
         self._aborting, self._is_over = threading.Lock(), False
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -231,7 +230,8 @@ class Coordinator:
             elif kind in ("exchange", "status", "answer"):
                 self._store(kind, connection.process, message)
             elif kind == "stalled":  # in a thread: it asks all workers what they do, and their answers come here
-                threading.Thread(target=self.end_run, args=(message["status"],), daemon=True).start()
+                connection.send("noted")
+                threading.Thread(target=self.check, args=(message["status"],), daemon=True).start()
             elif kind == "disconnected" and not self._is_over and connection is self._workers.get(connection.process):
                 self.abort(1, f"{who} {LOST}")
 
@@ -249,12 +249,16 @@ class Coordinator:
             self._statuses[0] = status
             return dict(self._statuses)
 
-    def ask_all(self) -> dict[int, Status | None]:
-        """Asks all workers what they do; returns the answers, None of those that do not answer in `ANSWER_SECONDS`."""
+    def ask_all(self, with_stacks: bool) -> dict[int, Status | None]:
+        """Asks all workers what they do; returns the answers, None of those that do not answer in `ANSWER_SECONDS`.
+
+        Args:
+          with_stacks: they write their stacks too.
+        """
         with self._changed:
             self._answers.clear()
         for connection in self._workers.values():
-            connection.send("ask")
+            connection.send("ask", stacks=with_stacks)
         with self._changed:
             self._changed.wait_for(lambda: len(self._answers) == len(self._workers), ANSWER_SECONDS)
             return {process: self._answers.get(process) for process in self._workers}
@@ -337,8 +341,9 @@ class Worker:
         self._changed, self._printing = threading.Condition(), threading.Lock()
         self._results: dict[str, Any] = {}  # of exchanges by key
         self._is_last_barrier = self._is_over = False
-        self._asked = threading.Event()
-        self.answer: Callable[[], Status] = dict  # returns what this process does, when the coordinator asks
+        self._noted = threading.Event()
+        # (whether to write stacks) -> what this process does; called when the coordinator asks.
+        self.answer: Callable[[bool], Status] = lambda with_stacks: {}
         self._connection = _Connection(self._connect(address, seconds))
         self._connection.send("hello", hello=HELLO, process=process, host=socket.gethostname(), facts=facts)
         answer = self._connection.receive(seconds + 2 * MISMATCH_SECONDS)
@@ -364,10 +369,12 @@ class Worker:
                 time.sleep(0.2)
 
     def _watch(self) -> None:
-        while (message := self._connection.receive()) is not None and message["kind"] in ("result", "ask"):
+        while (message := self._connection.receive()) is not None and message["kind"] in ("result", "ask", "noted"):
             if message["kind"] == "ask":
-                self._asked.set()
-                threading.Thread(target=self._answer, daemon=True).start()
+                threading.Thread(target=self._answer, args=(message["stacks"],), daemon=True).start()
+                continue
+            if message["kind"] == "noted":
+                self._noted.set()
                 continue
             with self._changed:
                 self._is_over = self._is_last_barrier and message["key"] == BARRIER
@@ -376,8 +383,8 @@ class Worker:
         if not self._is_over:
             self._exit(message)
 
-    def _answer(self) -> None:
-        self._connection.send("answer", status=self.answer())
+    def _answer(self, with_stacks: bool) -> None:
+        self._connection.send("answer", status=self.answer(with_stacks))
 
     def _exit(self, message: dict[str, Any] | None) -> NoReturn:
         if message is None:
@@ -415,11 +422,11 @@ class Worker:
         self._connection.send("status", status=status)
         return {}
 
-    def report_stall(self, status: Status) -> None:
-        """Reports that this process makes no progress; returns only if the coordinator does not ask what it does."""
+    def report_stall(self, status: Status) -> bool:
+        """Reports that this process makes no progress; returns whether the coordinator answers in `ANSWER_SECONDS`."""
+        self._noted.clear()
         self._connection.send("stalled", status=status)
-        if self._asked.wait(ANSWER_SECONDS):
-            time.sleep(STALL_SECONDS)  # the coordinator ends this process meanwhile
+        return self._noted.wait(ANSWER_SECONDS)
 
 
 def listen(host: str, port: int) -> socket.socket:

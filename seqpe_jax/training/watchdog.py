@@ -23,7 +23,7 @@ from seqpe_jax.training.clock import TrainingClock
 MEDIAN_STEPS = 10.0  # step times without progress that a run may take, unless report.watchdog is more
 LONG_SECONDS = 1800.0  # the same while it compiles, evaluates or saves
 SAVE_SECONDS = 300.0  # for a save that is under way to end, if every process still answers
-DISK_SECONDS = 5.0  # for the disk, which may be what hangs
+DISK_SECONDS = 5.0  # for the disk, which may be what hangs; less than `roll_call.ANSWER_SECONDS`
 MAX_SHOWN = 5  # processes in a message
 
 DOES = {
@@ -35,13 +35,14 @@ DOES = {
     phases.EVALUATION: "evaluates",
 }
 
-Status = dict[str, Any]  # {"phase", "seconds" in it, "step"}
+Status = dict[str, Any]  # {"phase", "seconds" in it, "step", "over": whether a process may not take as long}
 
 
 class Watchdog:
     """A thread that ends the run, with the exit code of a preemption, when the main thread makes no progress.
 
-    On the main process it asks all others what they do. A worker whose coordinator does not answer ends by itself.
+    On the main process it asks all others what they do, and ends the run at once if one does not answer. A worker whose
+    coordinator does not answer ends by itself.
 
     Args:
       run: the run's folder; stacks are written to its folder `STACKS_DIR`.
@@ -68,45 +69,54 @@ class Watchdog:
         self.step = 0
         self._folder, self._clock, self._seconds = run.path / STACKS_DIR, clock, seconds
         self._save_timeout, self._saved_step, self._is_saving = save_timeout, saved_step, is_saving
-        self._ending, self._stopped = threading.Lock(), threading.Event()
-        processes.on_stall(self._answer, self._end_run)
+        self._asking, self._stopped = threading.Lock(), threading.Event()
+        processes.on_stall(self._answer, self._check)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def stop(self) -> None:
         """Ends the watch."""
         self._stopped.set()
 
+    @property
+    def patience(self) -> float:
+        """Seconds without progress after which the processes are asked what they do."""
+        return max(self._seconds, MEDIAN_STEPS * self._clock.median_step)
+
     def limit(self, phase: str) -> float:
-        """Returns the seconds without progress that end the run in a phase."""
-        seconds = max(self._seconds, MEDIAN_STEPS * self._clock.median_step)
+        """Returns the seconds without progress that end the run in a phase though all processes answer."""
         if phase == phases.SAVE:
-            seconds = max(seconds, self._save_timeout)
-        is_long = phase in (phases.COMPILE, phases.EVALUATION, phases.SAVE) or not self._clock.median_step
-        return max(seconds, LONG_SECONDS) if is_long else seconds
+            return max(self.patience, LONG_SECONDS, self._save_timeout)
+        is_long = phase in (phases.COMPILE, phases.EVALUATION) or not self._clock.median_step
+        return max(self.patience, LONG_SECONDS) if is_long else self.patience
 
     def _watch(self) -> None:
+        asked = -float("inf")
         while not self._stopped.wait(min(1.0, self._seconds / 10)):
-            phase, since = self._clock.doing
-            if time.monotonic() - since > self.limit(phase):
-                if processes.is_main_process():
-                    self._end_run(self._status())
-                else:
-                    processes.report_stall(self._status())
-                    self._answer()
-                    processes.exit_alone(
-                        EXIT_PREEMPTED,
-                        f"process {jax.process_index()} (on {socket.gethostname()}): {self._describe_time(self._status())}, and "
-                        f"process 0, the coordinator, does not answer: it is stopped, or its machine is overloaded or gone. "
-                        f"{self._describe_resume()}",
-                    )
+            status, now = self._status(), time.monotonic()
+            if status["seconds"] < self.patience or (not status["over"] and now - asked < self.patience):
+                continue
+            asked = now
+            if processes.is_main_process():
+                self._check(status)
+            elif not processes.report_stall(status):
+                self._answer(True)
+                processes.exit_alone(
+                    EXIT_PREEMPTED,
+                    f"process {jax.process_index()} (on {socket.gethostname()}): {self._describe_time(status)}, and process "
+                    f"0, the coordinator, does not answer: it is stopped, or its machine is overloaded or gone. "
+                    f"{self._describe_resume()}",
+                )
 
     def _status(self) -> Status:
         phase, since = self._clock.doing
-        return {"phase": phase, "seconds": time.monotonic() - since, "step": self.step}
+        seconds = time.monotonic() - since
+        return {"phase": phase, "seconds": seconds, "step": self.step, "over": seconds > self.limit(phase)}
 
-    def _answer(self) -> Status:
-        """Writes the stacks of this process, and returns its status."""
+    def _answer(self, with_stacks: bool) -> Status:
+        """Returns the status of this process, and writes its stacks if asked to."""
         status = self._status()
+        if not with_stacks:
+            return status
         path = self._folder / f"process_{jax.process_index()}.txt"
         heading = (
             f"process {jax.process_index()} (on {socket.gethostname()}, {os.getpid()}) {DOES[status['phase']]} for "
@@ -117,15 +127,22 @@ class Watchdog:
             faulthandler.dump_traceback(sys.stderr)
         return status
 
-    def _end_run(self, status: Status) -> None:
-        """Ends all processes; called on the main one, in any thread.
+    def _check(self, status: Status) -> None:
+        """Asks all processes what they do, and ends the run if one does not answer or takes too long.
+
+        Called on the main process, in any thread.
 
         Args:
           status: of the process that noticed the stall first.
         """
-        if not self._ending.acquire(blocking=False) or self._stopped.is_set():
+        if self._stopped.is_set() or not self._asking.acquire(blocking=False):
             return
-        statuses = {0: self._answer()} | processes.ask_all()
+        statuses = {0: self._answer(status["over"])} | processes.ask_all(status["over"])
+        if not status["over"] and None not in statuses.values():
+            self._asking.release()
+            return
+        if not status["over"]:
+            statuses = {0: self._answer(True)} | processes.ask_all(True)
         if None not in statuses.values():
             deadline = time.monotonic() + SAVE_SECONDS
             while time.monotonic() < deadline and _within(DISK_SECONDS, self._is_saving, False):

@@ -213,13 +213,13 @@ def test_the_main_process_learns_what_the_others_do_and_who_does_not_answer(gath
 
     def work(end, process):
         if process == 0:
-            end.end_run = lambda status: (reported.append(status), asked.update(end.ask_all()))
+            end.check = lambda status: (reported.append(status), asked.update(end.ask_all(True)))
         else:
             end.share_status({"host_seconds": process})
-            end.answer = (lambda: {"phase": "data"}) if process == 1 else lambda: time.sleep(60)
+            end.answer = lambda stacks: {"phase": "data", "stacks": stacks} if process == 1 else time.sleep(60)
         end.barrier()
         if process == 1:
-            threading.Thread(target=end.report_stall, args=({"step": 7},), daemon=True).start()
+            assert end.report_stall({"step": 7}), "the coordinator answers"
         if process == 0:
             shared.update(end.share_status({"host_seconds": 0}))
             while not asked:
@@ -229,7 +229,7 @@ def test_the_main_process_learns_what_the_others_do_and_who_does_not_answer(gath
 
     error, _ = gather(3, [(1, {"steps": "6"}), (2, {"steps": "6"})], seconds=30.0, work=work)
     assert error is None and reported == [{"step": 7}]
-    assert asked == {1: {"phase": "data"}, 2: None}
+    assert asked == {1: {"phase": "data", "stacks": True}, 2: None}
     assert {process: status["host_seconds"] for process, status in shared.items()} == {0: 0, 1: 1, 2: 2}
 
 
@@ -249,7 +249,7 @@ def test_a_worker_that_is_stuck_waits_no_longer_than_the_coordinator_may_take_to
     with socket.create_server(("localhost", 0)) as server:
         threading.Thread(target=silent, args=(server,), daemon=True).start()
         worker = roll_call.Worker(("localhost", server.getsockname()[1]), 1, {}, 5.0)
-        worker.report_stall({"step": 3})
+        assert not worker.report_stall({"step": 3})
         assert "stalled" in asked[0] and '"step": 3' in asked[0]
         worker._is_over = True  # else this process exits when the socket closes
 

@@ -343,18 +343,41 @@ def test_a_run_without_progress_ends_with_its_stacks(tmp_path, monkeypatch, caps
 def test_a_worker_whose_coordinator_does_not_answer_ends_alone(tmp_path, monkeypatch):
     ended = []
     monkeypatch.setattr(processes, "is_main_process", lambda: False)
-    monkeypatch.setattr(processes, "report_stall", lambda status: ended.append(status["phase"]))
+    monkeypatch.setattr(processes, "report_stall", lambda status: ended.append(status["phase"]) or len(ended) < 3)
     monkeypatch.setattr(processes, "exit_alone", lambda *given: ended.append(given))
     clock = hooks.TrainingClock()
     clock.finish_step(0.01)
     with clock.phase("device"):
         watch = Watchdog(RunDir(tmp_path), clock, seconds=1.0, saved_step=lambda: 4)
-        while len(ended) < 2:
+        while len(ended) < 4:
             time.sleep(0.01)
         watch.stop()
-    assert ended[0] == "device" and ended[1][0] == 75
-    assert "process 0, the coordinator, does not answer" in ended[1][1] and "resumes from step 4" in ended[1][1]
+    assert ended[:3] == ["device"] * 3 and ended[3][0] == 75, "it asks until it gets no answer"
+    assert "process 0, the coordinator, does not answer" in ended[3][1] and "resumes from step 4" in ended[3][1]
     assert "finish_step" not in (tmp_path / "stacks" / "process_0.txt").read_text()
+
+
+def test_a_process_that_does_not_answer_ends_a_run_that_compiles_evaluates_or_saves(tmp_path, monkeypatch):
+    """Which may take long, as long as everybody answers; then no stacks are written."""
+    ended, asked = [], []
+
+    def ask_all(with_stacks):
+        asked.append(with_stacks)
+        return {1: None if len(asked) > 2 else {"phase": "save", "seconds": 1.0, "step": 0, "over": False}}
+
+    monkeypatch.setattr(processes, "ask_all", ask_all)
+    monkeypatch.setattr(processes, "hosts", lambda: {0: "a", 1: "b"})
+    monkeypatch.setattr(processes, "abort", lambda *given: ended.append((*given, (tmp_path / "stacks").exists())))
+    clock = hooks.TrainingClock()
+    with clock.phase("save"):
+        watch = Watchdog(RunDir(tmp_path), clock, seconds=1.0)
+        while not ended and len(asked) < 9:
+            assert not (tmp_path / "stacks").exists() or len(asked) > 2
+            time.sleep(0.01)
+        watch.stop()
+    [(code, reason, has_stacks)] = ended
+    assert code == 75 and has_stacks and asked == [False, False, False, True]
+    assert "process 1 (on b) does not answer" in reason
 
 
 def test_only_chosen_processes_trace(monkeypatch):
