@@ -146,10 +146,10 @@ def check_reads(log: pathlib.Path, steps: list[pathlib.Path], when: str) -> None
 
 def test_a_stopped_process_and_a_sleeping_loader_are_named_in_time(commands, begin, tmp_path):
     workdir = tmp_path / "run"
-    fields = CHEAP | {"checkpoint__every": 64, "steps": 10**5, "report__watchdog": 5.0}
+    fields = CHEAP | {"steps": 10**5, "report__watchdog": 5.0}
     running = begin(workdir, 2, 1, **fields)
     deadline = time.monotonic() + 900
-    while not newest(workdir) or lines(workdir)[-1]["step"] < newest(workdir) + 16:
+    while not newest(workdir):
         assert time.monotonic() < deadline, [one.err for one in running]
         time.sleep(0.01)
     os.kill(running[1].process, signal.SIGSTOP)
@@ -163,7 +163,7 @@ def test_a_stopped_process_and_a_sleeping_loader_are_named_in_time(commands, beg
     os.kill(running[1].process, signal.SIGCONT)
     assert commands.wait(running[1]).code in (75, 1, -signal.SIGABRT)
 
-    results = finish(commands, begin(workdir, 2, 1, variables={1: {"SLEEPS": "40"}}, **fields))
+    results = finish(commands, begin(workdir, 2, 1, variables={1: {"SLEEPS": "24"}}, **fields))
     assert [result.code for result in results] == [75, 75], results
     slow = lines(workdir)[-1]
     assert (
