@@ -270,18 +270,20 @@ def test_export_refuses_arguments(commands, on_text, on_images, text_export, tmp
         refused(result, *words)
         assert "positions" not in result.out + result.err
     assert [path.name for path in full.iterdir()] == ["letter.txt"]
-    for folder, options, words in (
-        (on_text, {"max_length": 1001}, "--max-length 1001 .*largest position possible is 999"),
-        (on_text, {"max_size": 8}, "--max-size .* text, .*--max-length"),
-        (on_text, {"platforms": ("cpu", "gpu")}, "'gpu' .*cpu, cuda, tpu"),
-        (full, {}, "not a run.*config.json"),
-        (text_export, {}, "an export already.*--workdir"),
-        (on_images, {"max_size": 9}, "--max-size 9x9 .*patches of 2x2"),
-        (on_images, {"max_size": 202}, "--max-size 202x202 .*largest size possible is 80x80"),
-        (on_images, {"max_length": 16}, "--max-length .* images, .*--max-size"),
+    for folder, options, *words in (
+        (on_text, {"max_length": 1001}, "--max-length 1001", "largest position possible is 999"),
+        (on_text, {"max_size": 8}, "--max-size", "text", "--max-length"),
+        (on_text, {"platforms": ("cpu", "gpu")}, "'gpu'", "cpu, cuda, tpu"),
+        (full, {}, "not a run", "config.json"),
+        (text_export, {}, "an export already", "--workdir"),
+        (on_images, {"max_size": 9}, "--max-size 9x9", "patches of 2x2"),
+        (on_images, {"max_size": 202}, "--max-size 202x202", "largest size possible is 80x80"),
+        (on_images, {"max_length": 16}, "--max-length", "images", "--max-size"),
     ):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError) as caught:
             loading.open_model(folder).export(output, **options)
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words), message
     assert not output.parent.exists()
 
 
