@@ -71,13 +71,12 @@ def define_checkpoint_choice() -> flags.FlagHolder:
 
 def define_mesh_flags() -> None:
     """Defines the flags --config.mesh.*, for commands that open a trained model; the rest of its config is stored."""
-    for name, field in config.field_docs().items():
-        if name.startswith(config_flags.MESH):
-            help = f"{field.doc} (default: {field.default})"
-            if field.choices:
-                flags.DEFINE_enum(config_flags.PREFIX + name, None, field.choices, help)
-            else:
-                flags.DEFINE_integer(config_flags.PREFIX + name, None, help)
+    for name, field in config.model_mesh_fields().items():
+        flag, help = config_flags.MESH + name, f"{field.doc} (default: {field.default})"
+        if field.choices:
+            flags.DEFINE_enum(flag, None, field.choices, help)
+        else:
+            flags.DEFINE_integer(flag, None, help)
 
 
 def define_process_flags() -> None:

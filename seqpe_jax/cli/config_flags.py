@@ -14,7 +14,7 @@ from seqpe_jax import config
 from seqpe_jax.errors import InputError, suggest
 
 PREFIX = "config."
-MESH = "mesh."
+MESH = PREFIX + "mesh."
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -47,12 +47,8 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
 
 def mesh_overrides(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
     """Returns the mesh fields that the command line sets, by their names within the section."""
-    names = (name for name in config.field_types() if name.startswith(MESH))
-    return {
-        name.removeprefix(MESH): flag_values[PREFIX + name].value
-        for name in names
-        if flag_values[PREFIX + name].present
-    }
+    given = {name: flag_values[MESH + name] for name in config.model_mesh_fields()}
+    return {name: flag.value for name, flag in given.items() if flag.present}
 
 
 def _flag_of_field(name: str, kind: Any) -> flags.Flag:
@@ -98,9 +94,10 @@ def unknown_flag(name: str) -> InputError | None:
     field = name.removeprefix("no").removeprefix(PREFIX)
     if PREFIX not in name:
         return None
-    if field in config.field_names():  # of a command that defines the mesh alone
+    if field in config.field_names():  # of a command that defines those of the mesh alone
+        read = ", ".join(f"--{MESH}{name}" for name in config.model_mesh_fields())
         return InputError(
-            f"--{name} is a field of the trained model's config: of these, only --config.mesh.* can be set here"
+            f"--{name} is not read here: the trained model's config is stored, and only {read} can be set"
         )
     return InputError(config.unknown_field_message(field))
 

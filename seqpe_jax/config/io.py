@@ -31,6 +31,7 @@ PACKAGE = pathlib.Path(__file__).parents[1]
 LOCAL = "config files are Python, and run from a folder of this machine"  # the reason why a bucket is refused
 # Sections that may change when a run resumes: they change where and how it runs, not its results.
 RESUME_CHANGEABLE = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
+TRAINING_MESH_FIELDS = {"compiler_options"}  # of the mesh section, which nothing else reads
 # Name of a field in configs of older versions -> its name today.
 RENAMED = {
     "encoding.gate_bias": "encoding.gate_bias_init",
@@ -592,6 +593,8 @@ def mesh_from_values(config: Config, values: Mapping[str, Any]) -> Config:
     """
     if "compiler_options" in values:
         raise InputError("mesh.compiler_options is of the training step, and this command makes none: leave it out")
+    if training := TRAINING_MESH_FIELDS & values.keys():
+        raise InputError(f"mesh.{min(training)} is read by training alone: leave it out")
     mesh = _build(MeshConfig, dict(values), "mesh.")
     _check_ranges(mesh, "mesh.")
     config = dataclasses.replace(config, mesh=mesh)
@@ -625,6 +628,11 @@ def _hints(section: type) -> dict[str, Any]:
         field.name: any_encoding() if hints[field.name] is EncodingConfig else hints[field.name]
         for field in dataclasses.fields(section)
     }
+
+
+def model_mesh_fields() -> dict[str, "FieldDoc"]:
+    """Returns the fields of the mesh section that the use of a trained model reads, by their names in the section."""
+    return {name: doc for name, doc in field_docs(MeshConfig).items() if name not in TRAINING_MESH_FIELDS}
 
 
 def field_names() -> list[str]:
