@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as Spec
 
+from seqpe_jax import config
 from seqpe_jax.axes import BATCH, HEADS, LENGTH
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.profiling.aot import GENERATIONS
+from tests.tiny import ROOT
 from tests.tpu_slices import topology_devices
 
 
@@ -32,9 +34,13 @@ def test_an_axis_may_take_a_part_of_a_torus_side():
 
 
 TOPOLOGIES = [f"{name}:{sides}" for name, (_, usual, _) in GENERATIONS.items() for sides in usual]
+PAGES = sorted((ROOT / "configs").glob("*.py"))
 SMALL = [name for name in TOPOLOGIES if len(topology_devices(name)) <= 256]
-# (fsdp, context, tensor): those of configs and docs, and axes that are wider than a host.
-MESHES = ((1, 1, 1), (8, 1, 1), (16, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 4), (1, 4, 2), (1, 8, 1), (1, 1, 16))
+# (fsdp, context, tensor): those of the docs, axes that are wider than a host, and the mesh of each page in configs/.
+MESHES = dict.fromkeys(
+    ((1, 1, 1), (8, 1, 1), (16, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 4), (1, 4, 2), (1, 8, 1), (1, 1, 16))
+    + tuple((mesh.fsdp, mesh.context, mesh.tensor) for mesh in (config.load(str(page)).mesh for page in PAGES))
+)
 
 
 def held_by(mesh, process, batch, monkeypatch):
