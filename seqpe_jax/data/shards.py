@@ -98,7 +98,7 @@ def open_prepared(path: str | os.PathLike, name: str, split: str) -> PreparedSpl
         )
     facts = dict(index["splits"][split])
     shards = tuple(Shard(**shard) for shard in facts.pop("shards"))
-    _check_sizes(folder, shards, split)
+    _check_sizes(folder, shards)
     return PreparedSplit(folder, {name: value for name, value in index.items() if name != "splits"} | facts, shards)
 
 
@@ -130,11 +130,12 @@ def _read_index(folder: AnyPath) -> dict[str, Any]:
         ) from error
 
 
-def _check_sizes(folder: AnyPath, shards: Sequence[Shard], split: str) -> None:
+def _check_sizes(folder: AnyPath, shards: Sequence[Shard]) -> None:
     """Refuses a split with a missing or cut shard. Raises: InputError: names the first one."""
-    sizes = file_sizes(folder / split)
+    parents = {shard.file.rpartition("/")[0] for shard in shards}  # one; that of another split of the same images
+    sizes = {f"{parent}/{name}": size for parent in parents for name, size in file_sizes(folder / parent).items()}
     for shard in shards:
-        size = sizes.get(shard.file.partition("/")[2])
+        size = sizes.get(shard.file)
         if size != shard.size:
             wrong = "is missing" if size is None else f"has {size:,} of {shard.size:,} bytes"
             raise InputError(
@@ -300,7 +301,8 @@ class ShardLog:
         if is_remote(path) and md5_of(path) != checksum:
             raise Failure(f"{path} is not what was written there: run the command again, which continues before it")
         shard = Shard(file, count, _size_of(path), checksum)
-        atomic_write(self._record(file), json.dumps(dataclasses.asdict(shard) | {"state": state}) + "\n")
+        content = {"shard": dataclasses.asdict(shard), "state": state}
+        atomic_write(self._record(file), json.dumps(content | {"checksum": _digest(content)}) + "\n")
         self.shards.append(shard)
 
     def finished(self) -> Iterator[tuple[Shard, Any]]:
@@ -324,8 +326,9 @@ class ShardLog:
         path = self._folder / file
         try:
             content = dict(parse_json(self._record(file).read_bytes()))
-            state = content.pop("state")
-            shard = Shard(**content)
+            if content.pop("checksum") != _digest(content):
+                return None
+            shard, state = Shard(**content["shard"]), content["state"]
             return (shard, state) if _size_of(path) == shard.size and md5_of(path) == shard.checksum else None
         except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
             return None

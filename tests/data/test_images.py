@@ -1,16 +1,14 @@
-"""Training and evaluation examples of images and videos, as the host makes them and the device finishes them."""
+"""Training and evaluation examples of images and videos, as the host makes them."""
 
 import itertools
 import types
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from seqpe_jax.data import augment, images
 from seqpe_jax.errors import InputError
-from seqpe_jax.losses.image_input import model_images
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # normalised pixels are value / 255
 GREY = {"mean": (0.0,), "std": (1.0,)}
@@ -34,17 +32,22 @@ def settings(**changes):
 EVERYTHING = settings(crop_scale=(0.2, 1.0), flip=0.5, translate=2, randaugment_layers=2, color_jitter=0.4, erasing=0.5)
 
 
-def finished(example, mean, std, key=None):
-    """Returns an example as the network reads it; images leave the host as bytes."""
+def finished(example, mean, std, rng=None):
+    """Returns an example as the network reads it: what `losses.image_input` does on the device, by NumPy."""
     assert example["images"].dtype == np.uint8
-    batch = model_images({name: np.asarray(value)[None] for name, value in example.items()}, mean, std, key)
-    assert batch.keys() == {"images", "labels"}
-    return {name: np.asarray(value)[0] for name, value in batch.items()}
+    pixels = images.normalize_pixels(example["images"], mean, std)
+    if example.get("flip"):
+        pixels = pixels[..., ::-1, :]
+    if "erase" in example:
+        top, left, high, wide = example["erase"]
+        pixels = pixels.copy()
+        box = pixels[..., top : top + high, left : left + wide, :]
+        box[...] = rng.normal(size=box.shape)
+    return {"images": pixels, "labels": example["labels"]}
 
 
 def train_example(record, size, augment, rng, *, mean, std):
-    example = images.train_example(record, size, augment, rng, mean=mean)
-    return finished(example, mean, std, jax.random.key(int(rng.integers(2**31))))
+    return finished(images.train_example(record, size, augment, rng, mean=mean), mean, std, rng)
 
 
 def eval_example(record, size, crop_ratio=1.0, *, mean, std):

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import pathlib
+import shutil
 import types
 
 import numpy as np
@@ -165,6 +167,17 @@ def test_a_damaged_shard_and_those_after_it_are_written_again(settings, tmp_path
     assert third.read_bytes() == content
     same = {name for name, time in shard_times(tmp_path / "out").items() if before[name] == time}
     assert same == {name for name in before if not name.startswith("train") or name < "train/00002"}
+
+
+def test_a_shard_whose_state_is_damaged_is_written_again(settings, tmp_path):
+    """The next one begins where it says."""
+    make(settings, tmp_path / "out")
+    index, state = (tmp_path / "out" / name for name in ("index.json", "train/00002.json"))
+    expected = index.read_text()
+    state.write_text(state.read_text().replace('"bytes": ', '"bytes": 1'))
+    (tmp_path / "out" / "train" / "00003.json").unlink()
+    make(settings, tmp_path / "out")
+    assert index.read_text() == expected
 
 
 def test_processes_write_what_one_writes(settings, tmp_path):
@@ -330,9 +343,10 @@ def image_split(settings, split="train", prepared="", **changes):
     )
 
 
-def same_images(found, expected):
+def same_images(found, expected, facts=()):
     assert len(found) == len(expected)
-    facts = [field.name for field in dataclasses.fields(found) if field.name not in ("records", "decode", "content")]
+    own = ("records", "decode", "content")
+    facts = facts or [field.name for field in dataclasses.fields(found) if field.name not in own]
     assert [getattr(found, name) for name in facts] == [getattr(expected, name) for name in facts]
     for index in (*range(len(found)), 0):
         one, other = found[index], expected[index]
@@ -350,6 +364,15 @@ def test_prepared_images_are_the_files(photos, tmp_path, capsys):
         image_split(photos, "test", tmp_path / "out")
     with pytest.raises(InputError, match="was prepared with data.bit_depth=0, not 12"):
         image_split(photos, prepared=tmp_path / "out", bit_depth=12)
+
+
+def test_splits_of_the_same_images_share_their_shards(photos, tmp_path):
+    """As the two held-out splits of ImageNet do."""
+    root = pathlib.Path(photos.paths[0])
+    shutil.copytree(root / "validation", root / "test")
+    assert make(photos, tmp_path / "out") == {"train": 18, "validation": 6, "test": 6}
+    assert not (tmp_path / "out" / "test").exists()
+    same_images(image_split(photos, "test", tmp_path / "out"), image_split(photos, "test"), ("name", "fingerprint"))
 
 
 def test_a_killed_preparation_of_images_continues(photos, tmp_path, monkeypatch):

@@ -64,6 +64,12 @@ def test_a_run_may_go_on_with_steps_skipped_from_there(tmp_path):
     check_same_run(tiny_config(optimizer__non_finite="skip", optimizer__skips=2), RunDir(tmp_path), 2)
 
 
+def test_a_run_may_go_on_with_prepared_data_and_other_threads(tmp_path):
+    """Where its examples are made changes none; that the data are the same, their fingerprint says."""
+    written(tmp_path, tiny_config())
+    check_same_run(tiny_config(data__prepared="prepared/text", data__threads=4), RunDir(tmp_path), 2)
+
+
 def test_a_run_that_resumes_keeps_the_checkpoint_that_it_began_with(tmp_path, monkeypatch):
     written(tmp_path, tiny_config(init_from="runs/a"))
     check_same_run(tiny_config(init_from="runs/a"), RunDir(tmp_path), 2)
