@@ -372,7 +372,7 @@ def _read(path: AnyPath, targets: Any, partial: bool = False) -> Any:
     """
     options: dict[str, Any] = {}
     arguments = ocp.ArrayRestoreArgs
-    if _replicas_on_other_processes(jax.tree.leaves(targets)[0].sharding.mesh):
+    if _replicas_on_other_processes(jax.tree.leaves(targets)[0].sharding):
         handler = type_handlers.SingleReplicaArrayHandler(replica_axis_index=REPLICA_AXIS, primary_replica_id=0)
         options["type_handler_registry"] = type_handlers.create_type_handler_registry((jax.Array, handler))
         arguments = type_handlers.SingleReplicaArrayRestoreArgs
@@ -384,13 +384,16 @@ def _read(path: AnyPath, targets: Any, partial: bool = False) -> Any:
         return reader.restore(epath.Path(str(path)), args=request)
 
 
-def _replicas_on_other_processes(mesh: jax.sharding.Mesh) -> bool:
+def _replicas_on_other_processes(sharding: jax.sharding.Sharding) -> bool:
     """Returns whether some processes have no device at the first index of the axis over which arrays are replicated."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):  # on one device
+        return False
+    devices = sharding.mesh.devices
 
     def processes(devices: np.ndarray) -> set[int]:
         return {device.process_index for device in devices.flat}
 
-    return processes(mesh.devices[0]) != processes(mesh.devices)
+    return processes(devices[0]) != processes(devices)
 
 
 def check_finite(checkpoint: AnyPath, params: Any) -> None:
