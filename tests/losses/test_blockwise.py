@@ -53,6 +53,13 @@ def loss_and_gradients(tied: bool = True, weighted: bool = True, mesh=None):
     return jax.jit(jax.value_and_grad(loss if mesh is None else with_mesh(mesh, loss)))
 
 
+def count_calls(name, monkeypatch):
+    """A list that grows with each call of a function of `blockwise`."""
+    calls, function = [], getattr(blockwise, name)
+    monkeypatch.setattr(blockwise, name, lambda *arguments: (calls.append(1), function(*arguments))[1])
+    return calls
+
+
 def close(found, expected):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
@@ -67,15 +74,19 @@ def test_blocks_have_the_loss_and_gradients_of_all_logits(name, tied, weighted, 
         shapes = abstract_state_with_shardings(mesh, {"params": {"model": params}})[0]["params"]["model"]
         params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes))
     monkeypatch.setattr(blockwise, "LOGITS_PER_BLOCK", 100)
+    calls = count_calls("weighted_loss", monkeypatch)
     close(loss_and_gradients(tied, weighted, mesh)(params), expected)
+    assert calls
 
 
 def test_evaluation_has_the_same_losses(monkeypatch):
     network, variables, signal, batch = example()
     expected = NextTokenLoss().eval_step(network, variables, signal, batch)["loss"]
     monkeypatch.setattr(blockwise, "LOGITS_PER_BLOCK", 100)
+    calls = count_calls("token_losses", monkeypatch)
     step = jax.jit(with_mesh(make_mesh(1, 2, 2, 2), NextTokenLoss().eval_step), static_argnums=0)
     np.testing.assert_allclose(step(network, variables, signal, batch)["loss"], expected, rtol=1e-5, atol=1e-6)
+    assert calls
 
 
 def test_the_logits_of_all_tokens_are_never_in_memory(monkeypatch):
