@@ -5,7 +5,8 @@
 
 Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar where the first start says; nothing is downloaded.
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
-Variants: s16 (default) or b16, and after a dash the encoding: seqpe (default), seqpe_extended (positions with a fraction
+Variants: s16 (default), b16 or b16_pod (b16 in batches of 4096 on 256 TPU chips, with the learning rate of arXiv
+2010.11929, table 3, for that batch), and after a dash the encoding: seqpe (default), seqpe_extended (positions with a fraction
 and zoom, as digits_vit.py has them; see docs/recipes.md), rotary_mixed, learned, and any other encoding of
 grids (docs/encodings.md). An encoding alone means s16.
 """
@@ -21,10 +22,10 @@ EPOCHS, WARMUP_EPOCHS = 400, 20
 def get_config(variant=None):
     c = defaults()
     parts = [part for part in (variant or "").split("-") if part]
-    model = parts.pop(0) if parts and parts[0] in ("s16", "b16") else "s16"
-    small = model == "s16"
+    model = parts.pop(0) if parts and parts[0] in ("s16", "b16", "b16_pod") else "s16"
+    small, pod = model == "s16", model == "b16_pod"
 
-    c.batch_size = 1024
+    c.batch_size = 4096 if pod else 1024
     batch = c.get_oneway_ref("batch_size")  # what is computed from it follows --config.batch_size
     c.steps = EPOCHS * IMAGES // batch
     c.data.name = "imagenet2012"
@@ -61,7 +62,8 @@ def get_config(variant=None):
     c.model.activation = "gelu"
     c.model.layer_norm_epsilon = 1e-6
 
-    c.optimizer.learning_rate = 6e-4 * batch.to_float() / 512
+    c.optimizer.learning_rate = 3e-3 if pod else 6e-4 * batch.to_float() / 512
+    c.mesh.fsdp = 16 if pod else 1  # weights and moments are most of the memory that such small parts of a batch read
     c.optimizer.schedule = "cosine"
     c.optimizer.end_learning_rate = 5e-6
     c.optimizer.warmup_steps = WARMUP_EPOCHS * IMAGES // batch

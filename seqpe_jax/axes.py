@@ -67,8 +67,19 @@ def mesh_axes(name: str) -> tuple[str, ...]:
     return () if sharding is None else sharding.mesh_axes(name)
 
 
+def all_gather_param(param: Any, *names: str | None) -> Any:
+    """Returns a parameter, gathered over fsdp for use; its gradient is sharded as the parameter is stored.
+
+    Args:
+      param: a parameter, or a cast of it.
+      names: logical names of its dimensions.
+    """
+    sharding = _CURRENT.get()
+    return param if sharding is None else sharding.all_gather_param(param, names)
+
+
 def all_gather_params(params: Any, root: str) -> Any:
-    """Returns parameters, gathered over fsdp for use.
+    """Returns parameters, gathered over fsdp for use; gradients as in `all_gather_param`.
 
     Args:
       params: tree of arrays.
@@ -76,6 +87,15 @@ def all_gather_params(params: Any, root: str) -> Any:
     """
     sharding = _CURRENT.get()
     return params if sharding is None else sharding.all_gather_params(params, root)
+
+
+def copy_per_shard(field_1LHF: Any) -> Any:
+    """Returns a copy of an array [1, L, H, F] for each shard of the batch, [shards, L, H, F], each on its own devices.
+
+    A loop over layers that read the copies adds up a gradient on each device by itself; it is summed over devices once.
+    """
+    sharding = _CURRENT.get()
+    return field_1LHF if sharding is None else sharding.copy_per_shard(field_1LHF)
 
 
 def device() -> Any:
@@ -90,6 +110,8 @@ def shard_map(
     names: Sequence[tuple[str | None, ...]],
     multiple: int = 1,
     results: Sequence[tuple[str | None, ...]] | None = None,
+    params: Any = None,
+    root: str = "",
 ) -> Any:
     """Returns function(*arguments), computed by each device on its shards; inside, constraints have no effect.
 
@@ -101,11 +123,14 @@ def shard_map(
       multiple: LENGTH is padded such that each shard is a multiple of it.
       results: logical names of the dimensions of each array of a tuple that the function returns; then all sharded
         dimensions must divide evenly. None = one array, with the names of the first argument.
+      params: tree of parameters as they are stored, the last argument of the function, which gets them gathered; None = there
+        is no such argument.
+      root: first part of their names, "model" or "encoding".
     """
     sharding = _CURRENT.get()
-    return (
-        function(*arguments) if sharding is None else sharding.shard_map(function, arguments, names, multiple, results)
-    )
+    if sharding is not None:
+        return sharding.shard_map(function, arguments, names, multiple, results, params, root)
+    return function(*arguments) if params is None else function(*arguments, params)
 
 
 @contextlib.contextmanager

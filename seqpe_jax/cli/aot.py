@@ -98,7 +98,9 @@ def bound_of(roofline: dict, unit: str) -> str:
     ]
     for one in roofline["collectives"]:
         name = f"{one['kind']} over {' x '.join(one['axes'])} ({', '.join(one['over']) or 'in a chip'})"
-        rows.append(row(name, f"{one['received'] / 2**20:,.0f} MiB", one["seconds"]))
+        waits = "" if one["hidden"] else ", the device waits"
+        rows.append(row(name + waits, f"{one['received'] / 2**20:,.0f} MiB", one["seconds"]))
+    rows.append(row("collectives that nothing hides, in all", "", roofline["exposed_s"]))
     rows += [row(f"link {name}, in all", "", seconds) for name, seconds in roofline["links"].items()]
     lines = [
         markdown_of_rows(["at its peak", "of a device", "ms", "of the bound"], rows),

@@ -9,7 +9,7 @@ import fnmatch
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -229,24 +229,43 @@ class MeshSharding:
         axes = (None if name is None else ACTIVATION_RULES[name] for name in names)
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
-    def spec(self, shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
-        """Returns the PartitionSpec of an array; a dimension that its mesh axes do not divide is replicated."""
+    def spec(
+        self, shape: Sequence[int], names: Sequence[str | None], rules: Mapping[str, tuple[str, ...]] = ACTIVATION_RULES
+    ) -> PartitionSpec:
+        """Returns the PartitionSpec of an array; a dimension that its mesh axes do not divide is replicated.
+
+        Args:
+          shape: shape of the array.
+          names: logical names of its dimensions.
+          rules: mesh axes by logical name; `PARAM_RULES` for parameters as they are stored.
+        """
 
         def axes_of(size: int, name: str | None) -> tuple[str, ...] | None:
-            if name is None or self.shards(name) == 1 or size % self.shards(name):
-                return None
-            return ACTIVATION_RULES[name]
+            axes = () if name is None else rules[name]
+            count = math.prod(self.mesh.shape[axis] for axis in axes)
+            return None if count == 1 or size % count else axes
 
         return PartitionSpec(*(axes_of(size, name) for size, name in zip(shape, names, strict=True)))
 
     def with_logical_constraint(self, array: jax.Array, names: Sequence[str | None]) -> jax.Array:
         """Returns an array of a traced function, sharded by the names of its dimensions."""
-        if self.mesh.size == 1:
-            return array
-        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, self.spec(array.shape, names)))
+        return self._constrain(array, self.spec(array.shape, names))
+
+    def all_gather_param(self, param: jax.Array, names: Sequence[str | None]) -> jax.Array:
+        """Returns a parameter gathered over fsdp for use, whose gradient is sharded as the parameter is stored.
+
+        The transpose of a plain constraint would constrain the gradient to the layout of use, so that all devices of fsdp
+        sum it whole and then drop all but their shard; in this layout each receives the sum of its shard alone.
+
+        Args:
+          param: the parameter, or a cast of it.
+          names: logical names of its dimensions.
+        """
+        used, stored = self.spec(param.shape, names), self.spec(param.shape, names, PARAM_RULES)
+        return self._relayout(param, used, stored)
 
     def all_gather_params(self, params: Any, root: str) -> Any:
-        """Returns parameters gathered over fsdp, once for all uses inside a loop.
+        """Returns parameters gathered over fsdp, once for all uses inside a loop; gradients as in `all_gather_param`.
 
         Args:
           params: tree of arrays.
@@ -254,9 +273,51 @@ class MeshSharding:
         """
 
         def gather(path: Any, leaf: jax.Array) -> jax.Array:
-            return self.with_logical_constraint(leaf, _param_axes(f"{root}/{_path_name(path)}", leaf.ndim))
+            return self.all_gather_param(leaf, _param_axes(f"{root}/{_path_name(path)}", leaf.ndim))
 
         return jax.tree_util.tree_map_with_path(gather, params)
+
+    def copy_per_shard(self, field_1LHF: jax.Array) -> jax.Array:
+        """Returns `axes.copy_per_shard`; the gradient is summed into shards of positions."""
+        shape = (self.shards(BATCH), *field_1LHF.shape[1:])
+        if self.mesh.size == 1:
+            return field_1LHF
+        copied = self.spec(shape, (BATCH, LENGTH, HEADS, None))
+        summed = self.spec(field_1LHF.shape, (None, POSITIONS, None, None))
+
+        @jax.custom_vjp
+        def copy(field: jax.Array) -> jax.Array:
+            return self._constrain(jnp.broadcast_to(field, shape), copied)
+
+        copy.defvjp(
+            lambda field: (copy(field), None),
+            lambda _, gradient: (self._constrain(gradient.sum(axis=0, keepdims=True), summed),),
+        )
+        return copy(field_1LHF)
+
+    def _constrain(self, array: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if self.mesh.size == 1:
+            return array
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
+
+    def _relayout(self, array: jax.Array, forward: PartitionSpec, backward: PartitionSpec) -> jax.Array:
+        if self.mesh.size == 1:
+            return array
+
+        @jax.custom_vjp
+        def relayout(array: jax.Array) -> jax.Array:
+            return self._constrain(array, forward)
+
+        def constrain_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+            last = gradient.ndim - 1
+            # A TPU's compiler makes no reduce-scatter along the last dimension of a bfloat16 array.
+            if last > 0 and backward[last]:
+                moved = PartitionSpec(backward[last], *backward[:last])
+                gradient = jnp.moveaxis(self._constrain(jnp.moveaxis(gradient, last, 0), moved), 0, last)
+            return (self._constrain(gradient, backward),)
+
+        relayout.defvjp(lambda array: (self._constrain(array, forward), None), constrain_gradient)
+        return relayout(array)
 
     def shard_map(
         self,
@@ -265,10 +326,12 @@ class MeshSharding:
         names: Sequence[Any],
         multiple: int = 1,
         results: Sequence[Any] | None = None,
+        params: Any = None,
+        root: str = "",
     ) -> Any:
         """Returns `axes.shard_map`; all mesh axes are manual inside, so that Pallas kernels can be called."""
         if self.mesh.size == 1:
-            return function(*arguments)
+            return function(*arguments) if params is None else function(*arguments, params)
         length = arguments[0].shape[names[0].index(LENGTH)] if LENGTH in names[0] and results is None else 0
         padding = -length % (self.shards(LENGTH) * multiple)
 
@@ -277,18 +340,34 @@ class MeshSharding:
                 return array
             return jnp.pad(array, [(0, padding if name == LENGTH else 0) for name in names])
 
+        def stored(path: Any, leaf: jax.Array) -> PartitionSpec:
+            return self.spec(leaf.shape, _param_axes(f"{root}/{_path_name(path)}", leaf.ndim), PARAM_RULES)
+
         def without_constraints(*arguments: Any) -> Any:
+            if params is not None:
+                arguments = *arguments[:-1], jax.tree.map(_all_gather, arguments[-1], specs[-1])
             with use_sharding(None), use_collectives(Collectives()):
                 return function(*arguments)
 
         arguments = [pad(array, own) for array, own in zip(arguments, names, strict=True)]
         specs = [None if a is None else self.spec(a.shape, own) for a, own in zip(arguments, names, strict=True)]
         out_specs = specs[0] if results is None else tuple(self.sharding(*own).spec for own in results)
+        if params is not None:
+            arguments.append(params)
+            specs.append(jax.tree_util.tree_map_with_path(stored, params))
         mapped = jax.shard_map(
             without_constraints, mesh=self.mesh, in_specs=tuple(specs), out_specs=out_specs, check_vma=False
         )
         result = mapped(*arguments)
         return result[:, :length] if padding else result
+
+
+def _all_gather(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Returns the whole array of a device's shard, inside `shard_map`; its gradient is reduce-scattered."""
+    for dimension, names in enumerate(spec):
+        if names is not None:
+            shard = jax.lax.all_gather(shard, names, axis=dimension, tiled=True)
+    return shard
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -8,6 +8,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from seqpe_jax.axes import BATCH, copy_per_shard, shards
+
 Pair = tuple[jax.Array, jax.Array]
 ParamBounds = dict[str, tuple[float, float]]  # name of a parameter -> (smallest value, largest value)
 # Values of the fields in heads that get no position: 1 for factors and cosines, 0 for terms that are added.
@@ -57,6 +59,8 @@ class PositionSignal:
       relative_bias: the same as a function of positions.
       bias_params: parameters of that function, a tree of arrays.
       per_layer_fields: names of the fields that differ by layer; they have a leading layer axis.
+      per_shard: the P sets of `position_query_key` are equal copies of one, for P shards of the batch
+        (`axes.copy_per_shard`).
     """
 
     input_embedding: jax.Array | None = None
@@ -71,6 +75,22 @@ class PositionSignal:
     relative_bias: RelativeBias | None = None
     bias_params: Any = None
     per_layer_fields: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    per_shard: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def copied_per_shard(self, batch: int) -> "PositionSignal":
+        """Returns the signal with position queries and keys that each shard of a batch has for itself.
+
+        Unchanged where they differ by layer or sample, or the batch is not sharded.
+
+        Args:
+          batch: number of samples.
+        """
+        pair, count = self.position_query_key, shards(BATCH)
+        if pair is None or "position_query_key" in self.per_layer_fields or count == 1 or batch % count:
+            return self
+        if any(len(field) > 1 for field in pair):
+            return self
+        return self.replace(position_query_key=tuple(map(copy_per_shard, pair)), per_shard=True)
 
     def split_by_layer(self) -> tuple["PositionSignal", "PositionSignal"]:
         """Returns (fields that all layers share, fields by layer with a leading axis), without `input_embedding`."""
@@ -102,8 +122,8 @@ class PositionSignal:
         fields = {}
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "per_layer_fields":
-                fields[field.name] = mine + theirs
+            if field.name in ("per_layer_fields", "per_shard"):
+                fields[field.name] = mine + theirs if field.name == "per_layer_fields" else mine or theirs
                 continue
             if mine is not None and theirs is not None:
                 raise ValueError(f"two parts of a position encoding both fill '{field.name}'")

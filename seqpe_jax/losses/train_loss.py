@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.axes import ENCODER_ROWS, POSITIONS, all_gather_params, shard_map, shards, with_logical_constraint
+from seqpe_jax.axes import (
+    ENCODER_ROWS,
+    POSITIONS,
+    all_gather_params,
+    shard_map,
+    shards,
+    with_logical_constraint,
+)
 from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveConfig
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
@@ -91,9 +98,8 @@ class TrainLoss:
         step_key = jax.random.fold_in(jax.random.fold_in(key, step), microbatch_index)
         terms: Metrics = {}
         if self.model_spec.has_vectors:
-            encoding_params = all_gather_params(params["encoding"], "encoding")
             encoding_key = self._dropout_key(step_key, "encoding dropout")
-            signal, terms = self.signal_and_terms(encoding_params, sampled, encoding_key, positions_from_batch)
+            signal, terms = self.signal_and_terms(params["encoding"], sampled, encoding_key, positions_from_batch)
         else:
             signal = self.model_spec.signal(params, sampled.positions_PLA, self.model_spec.shape)
         dropout = {"deterministic": False, "rngs": {"dropout": self._dropout_key(step_key, "model dropout")}}
@@ -133,6 +139,7 @@ class TrainLoss:
         """
         windows_RE, *other_RE = self._encode(params, self._encoder_rows(sampled), dropout_key, positions_from_batch)
         num_sets, length, _ = sampled.positions_PLA.shape
+        params = all_gather_params(params, "encoding")
         # Shards the qk map over positions as well.
         windows_PLE = with_logical_constraint(windows_RE.reshape(num_sets, length, -1), None, POSITIONS, None)
         signal = self.model_spec.encoding.apply(
@@ -218,15 +225,16 @@ class TrainLoss:
         ]
         window_rows = by_shard[0].shape[1]
         positions_RA = jnp.concatenate(by_shard, axis=1).reshape(-1, axes)
+        # Replicated: drawn in part on each device, positions would have to be agreed on in every turn of a loop.
+        positions_RA = with_logical_constraint(positions_RA, None, None)
         # Groups describe all rows together, not those of one shard.
         structures = () if positions_from_batch or num_shards > 1 else [part.structure for part in rows]
-        leaves, tree = jax.tree.flatten(params)
 
-        def encode_shard(positions_RA: jax.Array, shard: jax.Array, key: jax.Array, *leaves: jax.Array) -> jax.Array:
+        def encode_shard(positions_RA: jax.Array, shard: jax.Array, key: jax.Array, params: Params) -> jax.Array:
             if num_shards > 1:
                 key = jax.random.fold_in(key, shard[0])
             return self.model_spec.encoding.apply(
-                {"params": tree.unflatten(leaves)},
+                {"params": params},
                 positions_RA,
                 deterministic=False,
                 method="vectors",
@@ -234,11 +242,12 @@ class TrainLoss:
                 rngs={"dropout": key},
             )
 
-        replicated = [(None,) * array.ndim for array in (dropout_key, *leaves)]
         vectors_RE = shard_map(
             encode_shard,
-            (positions_RA, jnp.arange(num_shards), dropout_key, *leaves),
-            ((ENCODER_ROWS, None), (ENCODER_ROWS,), *replicated),
+            (positions_RA, jnp.arange(num_shards), dropout_key),
+            ((ENCODER_ROWS, None), (ENCODER_ROWS,), (None,) * dropout_key.ndim),
+            params=params,
+            root="encoding",
         )
         width = vectors_RE.shape[-1]
         vectors_SRE = with_logical_constraint(vectors_RE.reshape(num_shards, -1, width), ENCODER_ROWS, None, None)

@@ -82,6 +82,9 @@ def attend(
         dropout_seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
     position_query_key = signal.position_query_key
     if cum_log_gate_BLH is not None:
+        if signal.per_shard:
+            copies = len(query_BLHK) // len(position_query_key[0])
+            position_query_key = tuple(jnp.repeat(field, copies, axis=0) for field in position_query_key)
         position_query_key = forget_gate_query_key(cum_log_gate_BLH, cum_log_gate_BLH, position_query_key)
     inputs = AttentionInputs(
         query_BLHK,
@@ -95,7 +98,7 @@ def attend(
         dropout_seed=dropout_seed,
         dropout_rate=dropout_rate,
     )
-    return _attention(inputs, kind, block, kernel_blocks, context)
+    return _attention(inputs, kind, block, kernel_blocks, context, signal.per_shard)
 
 
 def forget_gate_query_key(
@@ -264,12 +267,20 @@ def attention_weights(query_BLHK: jax.Array, key_BSHK: jax.Array, signal: Positi
     return jnp.moveaxis(attend(query_BLHK, key_BSHK, identity_BSHS, signal, causal=causal, kind="reference"), 2, 1)
 
 
-def _attention(inputs: AttentionInputs, kind: str, block: int, kernel_blocks: KernelBlocks, context: str) -> jax.Array:
+def _attention(
+    inputs: AttentionInputs,
+    kind: str,
+    block: int,
+    kernel_blocks: KernelBlocks,
+    context: str,
+    per_shard: bool = False,
+) -> jax.Array:
     """Returns the attention of all devices' inputs, [B, L, H, V], each device computing its own samples, queries and heads.
 
     Args:
       inputs: queries not yet divided by sqrt(K), `heads` and `global_offset` unset.
       kind, block, kernel_blocks, context: as in `attend`.
+      per_shard: see `PositionSignal`.
     """
     batch, length, heads, width = inputs.query.shape
     inputs = inputs.replace(
@@ -292,7 +303,7 @@ def _attention(inputs: AttentionInputs, kind: str, block: int, kernel_blocks: Ke
         return plan.backend.attend(inputs)
     split = plan.split
     leaves, treedef = jax.tree.flatten(inputs)
-    specs = _logical_axes(inputs, LENGTH if split.axes else None)
+    specs = _logical_axes(inputs, LENGTH if split.axes else None, per_shard)
     names = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
     indices = jnp.arange(batch, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
 
@@ -307,9 +318,15 @@ def _attention(inputs: AttentionInputs, kind: str, block: int, kernel_blocks: Ke
     return axes.shard_map(on_device, *arguments, multiple=split.chunks)
 
 
-def _logical_axes(inputs: AttentionInputs, keys: str | None) -> AttentionInputs:
-    """Returns the logical axis names of every array, a PartitionSpec in its place; keys: that of keys."""
-    sets = None
+def _logical_axes(inputs: AttentionInputs, keys: str | None, per_shard: bool) -> AttentionInputs:
+    """Returns the logical axis names of every array, a PartitionSpec in its place.
+
+    Args:
+      inputs: inputs of all devices.
+      keys: logical name of the keys.
+      per_shard: see `PositionSignal`.
+    """
+    sets = BATCH if per_shard else None
     if inputs.position_query_key is not None and inputs.position_query_key[0].shape[0] == inputs.query.shape[0]:
         sets = BATCH  # one set per sample, as forget gates have
     relative_bias = inputs.relative_bias

@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from seqpe_jax.axes import BATCH, LENGTH, OUTER_BATCH, PARAM_SHARDS, VOCABULARY, WIDTH, with_logical_constraint
+from seqpe_jax.axes import (
+    BATCH,
+    LENGTH,
+    OUTER_BATCH,
+    PARAM_SHARDS,
+    VOCABULARY,
+    WIDTH,
+    all_gather_param,
+    with_logical_constraint,
+)
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.models.attention import KVCache, position_logits
 from seqpe_jax.models.transformer import Network, make_blocks, run_block, run_blocks
@@ -92,8 +101,7 @@ class GPT2(Network):
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Returns the logits float32[B, L, V] of final states."""
-        embedding_VD = self.logit_embedding().astype(self.config.dtype)
-        embedding_VD = with_logical_constraint(embedding_VD, VOCABULARY, WIDTH)
+        embedding_VD = all_gather_param(self.logit_embedding().astype(self.config.dtype), VOCABULARY, WIDTH)
         logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
         return with_logical_constraint(logits_BLV, BATCH, LENGTH, VOCABULARY)
 

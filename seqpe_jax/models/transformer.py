@@ -11,7 +11,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import Offloadable
 
-from seqpe_jax.axes import BATCH, HEADS, LENGTH, MLP, RESIDUAL_LENGTH, WIDTH, shards, with_logical_constraint
+from seqpe_jax.axes import (
+    BATCH,
+    HEADS,
+    LENGTH,
+    MLP,
+    RESIDUAL_LENGTH,
+    WIDTH,
+    all_gather_param,
+    shards,
+    with_logical_constraint,
+)
 from seqpe_jax.encodings.digit_encoder import ACTIVATIONS
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, attention_weights
@@ -132,7 +142,7 @@ class Linear(nn.Module):
     The kernel is cast before it is gathered for use, so that sharded storage travels in the smaller dtype.
 
     Attributes:
-      shape: shape of the kernel, contracted dimensions first.
+      shape: shape of the kernel, contracted dimensions first; 0 = as the input has it.
       logical_axes: names of these dimensions (`axes`).
       dtype: dtype of the arithmetic.
       kernel_init: initializer of the kernel.
@@ -150,10 +160,13 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x @ kernel + bias."""
-        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
+        inputs = x.shape[x.ndim - self.contract_dims :]
+        shape = tuple(size or of_x for size, of_x in zip(self.shape, inputs, strict=False))
+        shape += self.shape[self.contract_dims :]
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias_init = nn.initializers.constant(self.bias_init)
         bias = self.param("bias", bias_init, self.shape[self.contract_dims :], jnp.float32)
-        kernel = with_logical_constraint(kernel.astype(self.dtype), *self.logical_axes)
+        kernel = all_gather_param(kernel.astype(self.dtype), *self.logical_axes)
         return jnp.tensordot(x.astype(self.dtype), kernel, self.contract_dims) + bias.astype(self.dtype)
 
 
@@ -389,6 +402,7 @@ def run_blocks(
     blocks: list[Block] | ScannedBlocks, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool
 ) -> jax.Array:
     """Returns the states after all blocks; signal: of all layers."""
+    signal = signal.copied_per_shard(x_BLD.shape[0])
     if isinstance(blocks, ScannedBlocks):
         return blocks(x_BLD, signal, deterministic)
     for layer, block in enumerate(blocks):

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from seqpe_jax.axes import VOCABULARY, WIDTH
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.transformer import Network, make_blocks, run_block, run_blocks
+from seqpe_jax.models.transformer import Linear, Network, make_blocks, run_block, run_blocks
 
 
 def extract_patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
@@ -56,11 +57,12 @@ class ViT(Network):
         config = dataclasses.replace(self.config, causal=False, scale_residual=False)
         normal = nn.initializers.normal(config.init_std)
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.projection = nn.Dense(config.width, dtype=config.dtype, kernel_init=uniform)
+        self.projection = Linear((0, config.width), (None, WIDTH), config.dtype, uniform)
         self.class_token = self.param("class_token", normal, (1, config.width), jnp.float32)
         self.blocks = make_blocks(config)
         self.final_norm = nn.LayerNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype)
-        self.head = nn.Dense(self.classes, kernel_init=normal)  # float32, whatever the dtype of the features
+        # float32, whatever the dtype of the features
+        self.head = Linear((config.width, self.classes), (WIDTH, VOCABULARY), jnp.float32, normal)
         self.embedding_drop = nn.Dropout(config.embedding_dropout)
 
     def __call__(self, images: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+REDUCE_SCATTER = "all-reduce-scatter"  # name of the computations that a TPU's compiler fuses a reduce-scatter into
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -31,12 +33,16 @@ class Collective:
       groups: device numbers in the mesh that communicate with each other; () = all devices.
       count: number of executions.
       bytes: bytes of the arrays on one device that are reduced or sent, or of the result of an all-gather.
+      hidden: it goes on in the background, while other instructions run; else the device waits for it.
+      largest: most bytes of one execution.
     """
 
     kind: str
     groups: Groups
     count: int
     bytes: int
+    hidden: bool = False
+    largest: int = 0
 
     def bytes_received(self, devices: int) -> float:
         """Returns the least bytes that must enter each device, with any algorithm.
@@ -75,22 +81,28 @@ class Collectives:
 
 def collectives(program: HloModule) -> Collectives:
     """Returns the collectives of a program: loop bodies times their trip counts, and all branches of a conditional."""
-    totals: dict[tuple[str, Groups], list[int]] = {}
+    totals: dict[tuple[str, Groups, bool], list[int]] = {}
     counted: set[tuple[str, str]] = set()
+    fused = Counter(
+        _fused_part(program, computation, one)
+        for computation, one in program.instructions()
+        if one.opcode in KINDS and not computation.startswith(REDUCE_SCATTER)
+    )
     for computation, one in program.instructions():
         sent = _between_slices(one)
         kind = sent or one.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        hidden = bool(sent) or one.opcode.endswith("-start")
+        # A TPU's reduce-scatter is an all-reduce fused with a slice of its result.
+        if kind == "all-reduce" and computation.startswith(REDUCE_SCATTER):
+            kind = "reduce-scatter"
         # A TPU's compiler fuses an asynchronous collective with each product that hides it; they share its channel.
-        part = (program.enclosing_computations.get(computation, ""), one.attribute("channel_id"))
-        if all(part):
+        elif all(part := _fused_part(program, computation, one)):
             if part in counted:
                 continue
             counted.add(part)
-        # A TPU's reduce-scatter is an all-reduce fused with a slice of its result.
-        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"
+            hidden = fused[part] > 1
         groups = device_groups(one)
         if groups and max(map(len, groups)) == 1:  # each device with itself
             continue
@@ -98,12 +110,20 @@ def collectives(program: HloModule) -> Collectives:
         result_bytes = array_bytes(one.shape) - (operand_bytes if one.opcode == "all-gather-start" else 0)
         operands_alone = sent or kind == "collective-permute"  # their result includes their operands
         count = program.execution_counts[computation]
-        total = totals.setdefault((kind, groups), [0, 0])
-        total[0] += count
-        total[1] += count * (operand_bytes if operands_alone else max(operand_bytes, result_bytes))
-    each = [Collective(kind, groups, *total) for (kind, groups), total in totals.items()]
+        size = operand_bytes if operands_alone else max(operand_bytes, result_bytes)
+        total = totals.setdefault((kind, groups, hidden), [0, 0, 0])
+        total[:] = total[0] + count, total[1] + count * size, max(total[2], size)
+    each = [
+        Collective(kind, groups, count, size, hidden, largest)
+        for (kind, groups, hidden), (count, size, largest) in totals.items()
+    ]
     order = sorted((one for one in each if one.count), key=lambda one: (KINDS.index(one.kind), -one.bytes))
     return Collectives(tuple(order), program.unknown_trip_loops(KINDS))
+
+
+def _fused_part(program: HloModule, computation: str, one: Instruction) -> tuple[str, str]:
+    """Returns (computation that has the fusion with a collective, its channel); "" for what it does not have."""
+    return program.enclosing_computations.get(computation, ""), one.attribute("channel_id")
 
 
 def _between_slices(one: Instruction) -> str:

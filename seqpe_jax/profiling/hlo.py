@@ -196,7 +196,7 @@ class HloModule:
         return [body[name] for name in one.operands if name in body]
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
-        """Returns the trip count of a loop that counts from one constant to another; None for any other loop."""
+        """Returns the trip count of a loop that counts from one constant up to another; None for any other loop."""
         if found := re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', loop.rest):
             return int(found.group(1))
         condition, body = loop.attribute("condition"), loop.attribute("body")
@@ -214,15 +214,15 @@ class HloModule:
             self.initial_constant(computation, loop, index),
             self.constant_in_loop(computation, loop, condition, limit),
         )
-        dimensions = [self.defining_instruction(body, name) for name in step.operands]
+        sides = [self.defining_instruction(body, name) for name in step.operands]
         by = [
             self.constant_in_loop(computation, loop, body, side)
-            for side in dimensions
+            for side in sides
             if side != self.loop_input(body, index)
         ]
-        if first is None or last is None or by != [1]:
+        if first is None or last is None or len(by) != 1 or not by[0] or by[0] < 0:
             return None
-        return max(0, last - first)
+        return max(0, -(-(last - first) // by[0]))
 
     def defining_instruction(self, computation: str, name: str) -> Instruction | None:
         """Returns the instruction that computes a value, through copies and conversions."""

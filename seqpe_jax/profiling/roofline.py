@@ -1,8 +1,9 @@
 """Roofline: the least time that a compiled program can take on its devices, from peak FLOPs, bandwidth and link rates.
 
-All three can be busy at the same time, so that the longest of them is the bound. The counts are those of the program, not
-of the model: they include layers that are recomputed, and arrays that are written and read again. A real step also waits:
-for a collective that nothing hides, for units that a small product does not fill, for the host.
+Arithmetic and memory can be busy at the same time, and links as well with collectives that go on in the background; a device
+waits for the other collectives, whose time is added. The counts are those of the program, not of the model: they include
+layers that are recomputed, and arrays that are written and read again. A real step also waits for units that a small product
+does not fill, for the host, and for a collective in the background that nothing is left to hide.
 """
 
 import dataclasses
@@ -108,9 +109,10 @@ def roofline(
       A dictionary with
       - "flops", "hbm_bytes": of one device; "arithmetic_s", "memory_s", "interconnect_s" (None where a rate is unknown);
       - "links": {side of the torus or kind of link: seconds};
-      - "collectives": [{"kind", "axes" (of the mesh), "over" (links), "count", "bytes", "received" (bytes that must enter a
-        device), "seconds" (None where the links' rate is unknown)}];
-      - "bound": the largest of arithmetic, memory and interconnect; "seconds": its time;
+      - "collectives": [{"kind", "hidden", "axes" (of the mesh), "over" (links), "count", "bytes", "largest" (bytes of one),
+        "received" (bytes that must enter a device), "seconds" (None where the links' rate is unknown)}];
+      - "exposed_s": seconds of the collectives that nothing hides, as far as the rates of their links are known;
+      - "bound": arithmetic or memory, which with the exposed collectives takes longest, or interconnect; "seconds": that time;
       - "mfu", "mfu_full_attention" (names of `model_flops`; None where these are 0) and "per_second" at that bound;
       - "compiler_s": the compiler's estimate for its instructions, without collectives and kernels; None without one;
       - "kernels", "open_loops": see `ProgramCost.kernels` and `ProgramCost.unknown_trip_loops`; "peaks": of the chip.
@@ -122,10 +124,12 @@ def roofline(
         row = _row(one, links)
         for name in row["over"] if row["seconds"] is not None else ():
             busy[name] = busy.get(name, 0.0) + row["seconds"]
-        same = rows.setdefault((one.kind, *row["axes"], *row["over"]), row)
+        same = rows.setdefault((one.kind, one.hidden, *row["axes"], *row["over"]), row)
         if same is not row:
+            same["largest"] = max(same["largest"], row["largest"])
             for name in ("count", "bytes", "received", "seconds"):
                 same[name] = None if same[name] is None else same[name] + row[name]
+    exposed = sum(row["seconds"] or 0.0 for row in rows.values() if not row["hidden"])
     parts = {
         "arithmetic": found.flops / chip.flops,
         "memory": found.bytes / chip.bandwidth if chip.bandwidth else None,
@@ -133,12 +137,15 @@ def roofline(
             busy.values(), default=None if any(row["seconds"] is None for row in rows.values()) else 0.0
         ),
     }
-    bound = max(parts, key=lambda name: parts[name] or 0.0)
-    seconds = parts[bound]
+    waiting = {name: (parts[name] or 0.0) + exposed for name in ("arithmetic", "memory")}
+    times = waiting | {"interconnect": parts["interconnect"] or 0.0}
+    bound = max(times, key=times.get)
+    seconds = times[bound]
     return {
         "flops": found.flops,
         "hbm_bytes": found.bytes,
         **{f"{name}_s": value for name, value in parts.items()},
+        "exposed_s": exposed,
         "links": busy,
         "collectives": list(rows.values()),
         "bound": bound,
@@ -158,10 +165,12 @@ def _row(one: Collective, links: Interconnect) -> dict[str, Any]:
     seconds = received / sum(rates.values()) if rates and all(rates.values()) else None if rates else 0.0
     return {
         "kind": one.kind,
+        "hidden": one.hidden,
         "axes": links.mesh_axes(one.groups),
         "over": list(rates),
         "count": one.count,
         "bytes": one.bytes,
+        "largest": one.largest,
         "received": received,
         "seconds": seconds,
     }

@@ -1,15 +1,23 @@
 """The mesh takes all devices or says why not."""
 
+import functools
+import importlib
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from seqpe_jax import config
-from seqpe_jax.axes import BATCH, HEADS, LENGTH
+from seqpe_jax.axes import BATCH, HEADS, LENGTH, MLP, WIDTH
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.profiling.aot import GENERATIONS
+from seqpe_jax.profiling.collectives import collectives
+from seqpe_jax.profiling.hlo import HloModule
 from tests.tiny import ROOT
 from tests.tpu_slices import topology_devices
 
@@ -183,6 +191,69 @@ def test_each_parameter_lies_as_its_rule_says():
 def test_a_parameter_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="no rule .* parameter model/blocks_0/gate/kernel"):
         layout.abstract_state_with_shardings(layout.make_mesh(8, 1), state(model__blocks_0__gate__kernel=(8, 8)))
+
+
+def sent_by(mesh, function, *arguments):
+    """Collectives of a compiled function: (kind, whether between groups of fsdp, times, bytes of the largest)."""
+    found = collectives(HloModule(jax.jit(function).lower(*arguments).compile().as_text()))
+    per_group = mesh.size // mesh.shape["data"]
+    return [(one.kind, max(one.groups[0]) >= per_group, one.count, one.largest) for one in found.collectives]
+
+
+def abstract(mesh, shape, spec, dtype=np.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("shape, names", [((16, 32), (WIDTH, MLP)), ((16, 32), (MLP, WIDTH))])
+def test_a_gradient_is_summed_in_the_shards_that_are_stored(shape, names):
+    """Between groups of fsdp, that is; the sum in a group is a reduce-scatter where the platform has one."""
+    mesh = layout.make_mesh(2, 4)
+    sharding = layout.MeshSharding(mesh)
+    stored = sharding.spec(shape, names, layout.PARAM_RULES)
+
+    def loss(kernel, x):
+        return jnp.sin(x @ sharding.all_gather_param(kernel, names)).sum()
+
+    sent = sent_by(
+        mesh, jax.grad(loss), abstract(mesh, shape, stored), abstract(mesh, (8, 16), Spec(layout.BATCH_AXES))
+    )
+    assert [(kind, largest) for kind, between, _, largest in sent if between] == [("all-reduce", 16 * 32 * 4 // 4)]
+
+
+def test_copies_for_each_shard_are_summed_once_for_all_layers():
+    mesh = layout.make_mesh(2, 4)
+    sharding = layout.MeshSharding(mesh)
+    names = (BATCH, None, HEADS, None)
+
+    def loss(field, x, copy):
+        copies = sharding.copy_per_shard(field) if copy else field
+
+        def layer(x, _):
+            return sharding.shard_map(lambda x, own: jnp.sin(x * own), (x, copies), (names, names)), None
+
+        return jax.lax.scan(layer, x, None, length=3)[0].sum()
+
+    arguments = abstract(mesh, (1, 8, 2, 4), Spec()), abstract(mesh, (8, 8, 2, 4), Spec(layout.BATCH_AXES))
+    sums = {
+        copy: [count for _, _, count, _ in sent_by(mesh, jax.grad(functools.partial(loss, copy=copy)), *arguments)]
+        for copy in (True, False)
+    }
+    assert sums[True] == [1] and sum(sums[False]) >= 3
+
+
+def test_every_row_of_the_pods_table_starts(monkeypatch):
+    """Its slice takes its mesh, and processes read each row of its batch."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name, row in importlib.import_module("pods_table").ROWS.items():
+        settings = config.load(
+            f"{ROOT}/configs/{row.config}", {field: int(value) for field, value in row.fields.items()}
+        )
+        count, topology = re.fullmatch(r"(?:(\d+)x)?(v.*)", row.topology).groups(default="1")
+        axes, devices = settings.mesh, topology_devices(topology, int(count))
+        mesh = layout.make_mesh(axes.data, axes.fsdp, axes.context, axes.tensor, devices, axes.slices)
+        layout.check_batch(mesh, settings.batch_size, settings.optimizer.accumulate)
+        rows = layout.rows_by_process(mesh, settings.batch_size)
+        assert {row for of in rows.values() for row in of} == set(range(settings.batch_size)), name
 
 
 def test_arrays_in_use_are_split_where_they_divide():

@@ -65,9 +65,21 @@ def test_a_tpu_program():
         "reduce-scatter": {"count": 7, "bytes": 7 * whole},
         "collective-permute": {"count": 1, "bytes": part},
     }
+    # The device waits for what has no start and no fusion with products.
+    assert {(one.kind, one.hidden): (one.count, one.largest) for one in found.collectives} == {
+        ("all-gather", False): (7, whole),
+        ("all-gather", True): (1, whole),
+        ("reduce-scatter", False): (7, whole),
+        ("collective-permute", True): (1, part),
+    }
 
 
-@pytest.mark.parametrize("step, limit", [("2", "7"), ("1", "(LIMIT)")])
+def test_a_loop_over_two_windows_at_a_time_counts_as_often_as_it_turns():
+    found = collectives(HloModule(TPU.replace("LIMIT", "7").replace("STEP", "2")))
+    assert found.unknown_trip_loops == 0 and found.by_kind["reduce-scatter"]["count"] == 4  # from 0, 2, 4 and 6
+
+
+@pytest.mark.parametrize("step, limit", [("0", "7"), ("1", "(LIMIT)")])
 def test_a_loop_whose_turns_are_not_known_counts_once_and_is_named(step, limit):
     found = collectives(HloModule(TPU.replace("LIMIT", limit).replace("STEP", step)))
     assert found.unknown_trip_loops == 1
@@ -109,7 +121,7 @@ output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%go_on
 
 def test_one_that_goes_on_in_the_background_counts_once():
     (found,) = collectives(HloModule(HIDDEN)).collectives
-    assert (found.kind, found.count, found.bytes) == ("all-gather", 1, 32 * 8 * 2)
+    assert (found.kind, found.count, found.bytes, found.hidden) == ("all-gather", 1, 32 * 8 * 2, True)
     assert found.groups[1] == (1, 5, 9, 13, 17, 21, 25, 29) and found.bytes_received(32) == 7 / 8 * 512
 
 
@@ -133,7 +145,7 @@ is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",
 
 def test_what_goes_between_slices_is_counted():
     (found,) = collectives(HloModule(SLICES)).collectives
-    assert (found.kind, found.count, found.bytes) == ("all-reduce", 1, 3 * 2 * 128 * 4)
+    assert (found.kind, found.count, found.bytes, found.hidden) == ("all-reduce", 1, 3 * 2 * 128 * 4, True)
     assert found.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
 
 

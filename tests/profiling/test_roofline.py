@@ -56,7 +56,8 @@ def check(found, flops, all_reduced, chip):
     assert summed[0]["bytes"] == pytest.approx(all_reduced, rel=0.05)
     seconds = 2 * 7 / 8 * all_reduced / chip.link
     assert found["interconnect_s"] == found["links"]["NVLink"] == pytest.approx(seconds, rel=0.05)
-    assert found["seconds"] == max(found[f"{name}_s"] for name in ("arithmetic", "memory", "interconnect"))
+    assert found["exposed_s"] == pytest.approx(seconds, rel=0.05), "nothing hides a sum on a CPU's program"
+    assert found["seconds"] == max(found["arithmetic_s"], found["memory_s"]) + found["exposed_s"]
     assert found["open_loops"] == 0 and not found["kernels"]
 
 
@@ -163,7 +164,13 @@ def test_links_are_busy_for_all_that_goes_over_them():
         (["data"], ["x"]),
         (["data", "fsdp"], ["x", "y"]),
     ]
+    waits = 2 * alone + shared
+    assert found["exposed_s"] == pytest.approx(waits) and found["bound"] == "memory"
+    assert found["seconds"] == pytest.approx(waits + found["memory_s"])
+    hidden = SENT.replace("all-reduce(", "all-reduce-start(")
+    found = roofline(HloModule(hidden), links.mesh, V5E, model_flops={"mfu": 1.0}, units=1)
     assert found["bound"] == "interconnect" and found["seconds"] == max(found["links"].values())
+    assert found["exposed_s"] == 0 and all(one["hidden"] for one in found["collectives"])
 
 
 def test_what_is_not_known_bounds_nothing():

@@ -25,6 +25,7 @@ SMALL = {
 }
 TEXT = SMALL | {"data.length": 16, "eval.lengths": (16,)}
 SEQPE = {
+    "encoding.qk": "single",  # all layers read the same position queries and keys
     "encoding.layers": 1,
     "encoding.width": 16,
     "encoding.heads": 2,
