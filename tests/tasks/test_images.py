@@ -107,7 +107,7 @@ def test_digits_go_by_name_too(run, tmp_path):
 def test_an_evaluation_decodes_the_rows_of_this_process_alone(tmp_path, monkeypatch):
     """The others' results come back with the whole batch from the devices."""
     task = ImageClassification(vit_config(data__cache_dir=str(tmp_path / "cache"), data__threads=2))
-    source, read, laid_out = task.source("test"), [], []
+    source, read, received = task.source("test"), [], []
     original = type(source).__getitem__
 
     def recorded(self, index):
@@ -117,7 +117,7 @@ def test_an_evaluation_decodes_the_rows_of_this_process_alone(tmp_path, monkeypa
     monkeypatch.setattr(type(source), "__getitem__", recorded)
 
     def eval_step(batch):
-        laid_out.append(batch)
+        received.append(batch)
         return {"loss": np.zeros(16), "rank": np.arange(16) % 2}
 
     def put_local_rows(batch):
@@ -129,8 +129,8 @@ def test_an_evaluation_decodes_the_rows_of_this_process_alone(tmp_path, monkeypa
     )
     result = task.evaluate(ctx, (8, 8), "test")
     count = len(source)
-    assert result["examples"] == count and len(laid_out) == -(-count // 16)
+    assert result["examples"] == count and len(received) == -(-count // 16)
     own = [index for index in range(count) if index % 16 % 2 == 0]
     assert sorted(set(read)) == own and len(read) <= len(own) + 1, "one more at most, for the shape of padding"
-    labels = np.concatenate([batch["labels"] for batch in laid_out])[: len(own)]
+    labels = np.concatenate([batch["labels"] for batch in received])[: len(own)]
     assert labels.tolist() == [int(source.records[index]["label"]) for index in own]
