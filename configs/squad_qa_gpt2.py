@@ -60,6 +60,7 @@ def get_config(variant=None):
     c.objective.shift.sets = 64  # each sample of a shifted step has a window of its own
     if variant == "seqpe_narrow":
         c.encoding.feature_width = 8
+        c.encoding.matmul_precision = "high"  # TF32: float32 has no tensor cores
         c.model.attention_dropout = 0.0
     if variant == "seqpe_extended":
         c.encoding.qk = "multi"

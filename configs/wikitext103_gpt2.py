@@ -6,7 +6,7 @@
 
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
 Variants: seqpe (default), seqpe_narrow (for GPUs: parts 8 wide and no dropout of attention weights, so that cuDNN's flash
-attention serves; docs/performance.md), seqpe_extended (as stdlib_lm.py has it, see docs/recipes.md), rotary, alibi, and any
+attention serves, and an encoder in TF32; docs/performance.md), seqpe_extended (as stdlib_lm.py has it, see docs/recipes.md), rotary, alibi, and any
 other encoding of texts (docs/encodings.md).
 """
 
@@ -56,6 +56,7 @@ def get_config(variant=None):
     c.objective.shift.sets = 64  # different windows in one shifted step, each for two samples
     if variant == "seqpe_narrow":
         c.encoding.feature_width = 8
+        c.encoding.matmul_precision = "high"  # TF32: float32 has no tensor cores
         c.model.attention_dropout = 0.0
     if variant == "seqpe_extended":
         c.encoding.qk = "multi"
