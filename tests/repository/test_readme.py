@@ -121,6 +121,18 @@ def test_results_of_the_pages_are_those_of_the_stored_studies(monkeypatch, capsy
     assert "<!-- results: study_text bits_per_byte" in (ROOT / "README.md").read_text()
 
 
+def test_rows_of_the_pods_table_are_those_that_were_compiled(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("pods_table")
+    stored, page = json.loads(script.STORED.read_text()), script.PAGE.read_text()
+    assert stored and not script.faults(stored, page)
+    first = next(iter(stored))
+    changed = stored | {first: stored[first] | {"arguments": ["--config=configs/another.py"]}}
+    assert [line.partition(":")[0] for line in script.faults(changed, page)] == [first]
+    changed = stored | {first: stored[first] | {"mesh": {"data": 3}}}
+    assert ["differs" in line for line in script.faults(changed, page)] == [True]
+
+
 def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monkeypatch):
     """For the two encodings that the README compares; parameters also for all runs that stored theirs."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
