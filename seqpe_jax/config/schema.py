@@ -307,7 +307,7 @@ class MeshConfig:
 
     data: int = _field(0, "split of the batch alone; 0 = all devices that the other axes leave", low=0, high=2**20)
     fsdp: int = _field(1, "split of the batch, and of stored parameters and optimizer state", **limits.DEVICES)
-    context: int = _field(1, "split of a sequence", **limits.DEVICES)
+    context: int = _field(1, "split of a sequence, and of what fsdp stores in parts", **limits.DEVICES)
     context_attention: Literal["auto", "gather", "ring"] = _field(
         "auto",
         "context above 1: gather all keys and values, or pass them around a ring of devices; auto: the ring above 1 GiB of them",

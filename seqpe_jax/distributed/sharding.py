@@ -1,7 +1,7 @@
 """The device mesh, and the sharding of every parameter, activation and batch on it.
 
 Mesh axes: `data` shards the batch; `fsdp` shards the batch and also parameters and optimizer state; `context` shards the
-length of a sequence; `tensor` shards heads, MLP units and vocabulary.
+length of a sequence and, as fsdp does, parameters and optimizer state; `tensor` shards heads, MLP units and vocabulary.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from seqpe_jax.errors import InputError
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Logical name -> mesh axes. Parameters are sharded over fsdp when stored and all-gathered before use, so WIDTH is unsharded
+# Logical name -> mesh axes. Parameters are sharded over fsdp and context when stored and all-gathered before use, so WIDTH is unsharded
 # for activations.
 ACTIVATION_RULES = {
     BATCH: BATCH_AXES,
@@ -54,11 +54,11 @@ ACTIVATION_RULES = {
     WIDTH: (),
     RESIDUAL_LENGTH: ("context", "tensor"),
     OUTER_BATCH: ("data",),
-    OUTER_TOKENS: ("data", "context"),
-    PARAM_SHARDS: ("fsdp",),
-    VOCABULARY_SHARDS: ("tensor", "fsdp"),
+    OUTER_TOKENS: ("data",),
+    PARAM_SHARDS: ("fsdp", "context"),
+    VOCABULARY_SHARDS: ("tensor", "fsdp", "context"),
 }
-PARAM_RULES = ACTIVATION_RULES | {WIDTH: ("fsdp",)}
+PARAM_RULES = ACTIVATION_RULES | {WIDTH: ("fsdp", "context")}
 
 # Logical names of the last dimensions of each parameter; a leading axis of stacked layers has none.
 PARAM_AXES = {

@@ -1,6 +1,6 @@
 """Cross-entropy from hidden states, block by block of tokens, so that the logits of all tokens are never in memory.
 
-The vocabulary is split over the devices that share the stored parameters (mesh axes tensor and fsdp): for each block they
+The vocabulary is split over the devices that share the stored parameters (mesh axes tensor, fsdp and context): for each block they
 gather each other's hidden states instead of the output embedding, whose gradient is summed over `data` once, after the last
 block. Loss and gradients are computed in the same pass, so that no logits are computed twice.
 """

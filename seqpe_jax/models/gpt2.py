@@ -114,9 +114,9 @@ class GPT2(Network):
         # Each device looks up its columns of the table as stored, for the tokens of all devices that share it; an
         # all-to-all of states follows, in place of an all-gather of the table.
         embedding_VD = with_logical_constraint(self.token_embedding.embedding, VOCABULARY, PARAM_SHARDS)
-        tokens_BL = with_logical_constraint(tokens_BL, OUTER_BATCH, LENGTH)
+        tokens_BL = with_logical_constraint(tokens_BL, OUTER_BATCH, None)
         x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0)
-        x_BLD = with_logical_constraint(x_BLD, OUTER_BATCH, LENGTH, PARAM_SHARDS)
+        x_BLD = with_logical_constraint(x_BLD, OUTER_BATCH, None, PARAM_SHARDS)
         x_BLD = with_logical_constraint(x_BLD, BATCH, LENGTH, None)
         if position_PLD is not None:
             x_BLD = x_BLD + broadcast_to_batch(position_PLD, tokens_BL.shape[0])
