@@ -110,7 +110,7 @@ def check_mesh(settings, expected, sizes):
         part = tree["model"]
         kernel = (part["blocks"]["layers"] if settings.model.scan else part["blocks_0"])["mlp_in"]["kernel"]
         over = [tuple(axis for axis in names if sizes[axis] > 1) for names in (("fsdp", "context"), ("tensor",))]
-        assert kernel.sharding.spec[-2:] == jax.sharding.PartitionSpec(*(names or None for names in over))
+        assert kernel.sharding.spec[-2:] == tuple(jax.sharding.PartitionSpec(*(names or None for names in over)))
         width, hidden = kernel.sharding.shard_shape(kernel.shape)[-2:]
         assert (width, hidden) == (24 // sizes["fsdp"] // sizes["context"], 96 // sizes["tensor"])
     return found.compiled.as_text()
