@@ -31,7 +31,7 @@ ChunkFn = Callable[[jax.Array, int], jax.Array]  # of an array and the number of
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How the tokens of a sequence are split over devices.
+    """Division of the tokens of a sequence over devices.
 
     Attributes:
       axes: names of the mesh axes, () = not split.
@@ -93,7 +93,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How attention is computed on a device.
+    """A way to compute attention on a device.
 
     Attributes:
       backend: computes the attention of some queries to some keys.
