@@ -28,6 +28,7 @@ RESIDUAL_LENGTH = "residual_length"  # of the states between the parts of a bloc
 OUTER_BATCH = "outer_batch"  # samples of all devices that share the stored parameters
 OUTER_TOKENS = "outer_tokens"  # the same of tokens
 PARAM_SHARDS = "param_shards"  # WIDTH of parameters as stored
+BATCH_SHARDS = "batch_shards"  # WIDTH of states on their way from PARAM_SHARDS to BATCH
 VOCABULARY_SHARDS = "vocabulary_shards"  # over as many devices as share the stored parameters
 
 _CURRENT: contextvars.ContextVar[Any] = contextvars.ContextVar("sharding", default=None)  # a MeshSharding, or None

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seqpe_jax.axes import (
     BATCH,
+    BATCH_SHARDS,
     ENCODER_ROWS,
     HEADS,
     LENGTH,
@@ -56,6 +57,7 @@ ACTIVATION_RULES = {
     OUTER_BATCH: ("data",),
     OUTER_TOKENS: ("data",),
     PARAM_SHARDS: ("fsdp", "context"),
+    BATCH_SHARDS: ("fsdp",),
     VOCABULARY_SHARDS: ("tensor", "fsdp", "context"),
 }
 PARAM_RULES = ACTIVATION_RULES | {WIDTH: ("fsdp", "context")}

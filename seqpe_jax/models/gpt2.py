@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from seqpe_jax.axes import (
     BATCH,
+    BATCH_SHARDS,
     LENGTH,
     OUTER_BATCH,
     PARAM_SHARDS,
@@ -117,6 +118,8 @@ class GPT2(Network):
         tokens_BL = with_logical_constraint(tokens_BL, OUTER_BATCH, None)
         x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0)
         x_BLD = with_logical_constraint(x_BLD, OUTER_BATCH, None, PARAM_SHARDS)
+        # One mesh axis after the other: the compiler would gather all states for both at once.
+        x_BLD = with_logical_constraint(x_BLD, OUTER_BATCH, LENGTH, BATCH_SHARDS)
         x_BLD = with_logical_constraint(x_BLD, BATCH, LENGTH, None)
         if position_PLD is not None:
             x_BLD = x_BLD + broadcast_to_batch(position_PLD, tokens_BL.shape[0])
