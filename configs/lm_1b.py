@@ -49,9 +49,8 @@ def get_config(variant=None):
     c.encoding.max_position = 100_000
     c.encoding.mode = "attn_scalar"
     c.encoding.qk = "single"
-    c.encoding.feature_width = (
-        16  # with heads of 128, what cuDNN's attention takes on Hopper and later: 128 + 6 x 16 of 256
-    )
+    # With heads of 128, features that cuDNN's attention takes on Hopper and later: 128 + 6 x 16 of 256.
+    c.encoding.feature_width = 16
     c.encoding.width = 768
     c.encoding.heads = 12
     c.encoding.dropout = 0.1
