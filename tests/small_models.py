@@ -20,8 +20,8 @@ _run, _given, _trials, _read = common.run, io.from_user_values, spec._checked_tr
 class FewExamples(loader.EvalBatches):
     """The first examples of a split."""
 
-    def __init__(self, source, batch_size, count, *rest):
-        super().__init__(source, batch_size, min(count, 8), *rest)
+    def __init__(self, source, batch_size, count, *rest, **named):
+        super().__init__(source, batch_size, min(count, 8), *rest, **named)
 
 
 def _run_there(main):

@@ -103,10 +103,25 @@ def test_the_attention_kernel_leaves_out_what_causality_hides():
     array = jax.ShapeDtypeStruct
     query, field = array((4, 1, 3, 1024, 64), jnp.bfloat16), array((1, 3, 1024, 8), jnp.float32)
     arrays = attention_tpu.KernelInputs(query, query, query, field, field, None, None)
-    plan = attention_tpu.KernelConfig(1024, 512, 512, 4, causal=True, dropout=False, dropout_rate=0.0, interpret=False)
+    plan = attention_tpu.KernelConfig(
+        keys=1024,
+        block_q=512,
+        block_k=512,
+        backward_blocks=(512, 512),
+        samples=4,
+        causal=True,
+        dropout=False,
+        dropout_rate=0.0,
+        mean_causal_offset=None,
+        out_dtype=jnp.bfloat16,
+        interpret=False,
+    )
     estimate, pairs, calls = attention_tpu.cost_estimate, 3 * 512**2, 4 * 3
     assert estimate(attention_tpu._forward_kernel, arrays, plan, []).flops == 2 * pairs * (calls * 128 + 3 * 8)
     assert estimate(attention_tpu._dkv_kernel, arrays, plan, []).flops == 2 * pairs * (calls * 256 + 3 * 16)
+    # Where devices have equal work, queries meet as many keys as in the mean over all devices.
+    half = estimate(attention_tpu._forward_kernel, arrays, plan._replace(mean_causal_offset=-512), [])
+    assert half.flops == 2 * 512**2 * (calls * 128 + 3 * 8)
     whole = estimate(attention_tpu._forward_kernel, arrays, plan._replace(causal=False), [query, field])
     assert whole.flops == 2 * 1024**2 * (calls * 128 + 3 * 8)
     assert whole.bytes_accessed == 4 * 3 * 1024 * 64 * 2 + 3 * 1024 * 8 * 4

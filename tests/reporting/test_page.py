@@ -118,7 +118,7 @@ def test_numbers_are_those_of_the_files_and_missing_ones_are_missing(swept):
     assert [cell["text"] for cell in rows["rotary"]] == ["–missing"] * 4
     assert all(cell["class"] == "missing" for cell in rows["rotary"])
     _, rows = page.table("Cost")
-    assert [page.value(cell) for cell in rows["seqpe"][:4]] == [1234, 0.025, 250, 8]
+    assert [page.value(cell) for cell in rows["seqpe"][:5]] == [1234, 0.025, 0.005, 250, 8]
     assert all(cell["text"] == "–missing" for cell in rows["rotary"])
     _, rows = page.table("Runs")
     assert {name: cells[2]["text"] for name, cells in rows.items()} == {

@@ -84,7 +84,10 @@ def test_a_folder_of_runs(tmp_path):
     ]
     page = (tmp_path / "out" / "report.md").read_text()
     assert main in page and "| rotary | rotary | 0 | unfinished: step 0 of 4 | - | - | - |" in page
-    assert "| rotary | - | - | - | - | - |" in page and "| seqpe | 1,234 | 25.0 | 250 | 8 | - |" in page
+    assert (
+        "| rotary | - | - | - | - | - | - | - |" in page
+        and "| seqpe | 1,234 | 25.0 | 5.0 | 250 | 8 | 80% | - |" in page
+    )
     assert (
         "## Bits per byte by context (lower is better)" in page and "| seqpe | **2.000** | **1.750** | -0.250 |" in page
     )

@@ -50,7 +50,7 @@ def options(module: pathlib.Path) -> set[str]:
         own |= set(PROCESS_FLAGS)
     if "define_checkpoint_choice" in names:
         own.add("which")
-    return own | ({"config"} if "define_config" in names else set())
+    return own | ({"config"} if names & {"define_config", "define_mesh_flags"} else set())
 
 
 def check_config(arguments: list[str]) -> None:
@@ -80,6 +80,11 @@ def check_command(page: str, words: list[str]) -> None:
         option, _, value = word.removeprefix("--").partition("=")
         assert option.split(".")[0] in known, f"{page}: {words[2]} has no option --{option}; it has {sorted(known)}"
         arguments[option] = value
+    for option in arguments.keys() - {
+        "config"
+    }:  # of a command that opens a trained model, the fields of its mesh alone
+        name = option.removeprefix("config.")
+        assert not option.startswith("config.") or "config" in arguments or name.startswith("mesh."), f"{page}: {words}"
     if "config" in arguments:
         check_config(words[3:])
     if "sweep" in arguments:
