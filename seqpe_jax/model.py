@@ -166,7 +166,8 @@ class Model:
         if tokens is not None and not 1 <= len(tokens) <= grid[0]:
             raise InputError(f"tokens must be 1 to {grid[0]} of the window, got {len(tokens)}: set a larger size")
         self._checked_start(None, grid)
-        return self.compiled.position_curves(self.params, grid, tokens) or {}
+        text_L = None if tokens is None else np.asarray(tokens, np.int32)
+        return self.compiled.position_curves(self.params, grid, text_L) or {}
 
     def generate(
         self,

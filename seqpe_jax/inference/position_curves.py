@@ -1,4 +1,4 @@
-"""What attention gains by distance: the parts of a logit that depend on positions alone, and the mean product of gates.
+"""Gains of attention by distance: the parts of a logit that depend on positions alone, and the mean product of gates.
 
 A query is at the end of a window, or at the centre of a grid; the keys are those before it, or all patches around it.
 """
@@ -55,7 +55,7 @@ def position_terms(
 
     Returns:
       Those that the encoding has, each float32[layers, heads, S]: "logit", the addend; "kernel", the mean cosine of the angle
-      by which pairs or polar components of query and key are turned; "factor", the mean of the products of multipliers. NaN
+      between rotated pairs, or polar components, of query and key; "factor", the mean of the products of multipliers. NaN
       marks keys to which a head does not attend. {} for encodings that are added to tokens.
     """
     terms = [_layer_terms(signal.at_layer(layer), query, keys_S, heads) for layer in range(layers)]
@@ -78,8 +78,8 @@ def _layer_terms(signal: PositionSignal, query: int, keys_S: jax.Array, heads: i
         terms["kernel"] = mean_of_products((cos, cos)) + mean_of_products((sin, sin))
     if signal.polar_phase is not None:
         cos, sin = signal.polar_phase
-        turned_cos, turned_sin = jnp.cos(signal.polar_key_phase), jnp.sin(signal.polar_key_phase)
-        key = cos * turned_cos - sin * turned_sin, sin * turned_cos + cos * turned_sin
+        cos_phase, sin_phase = jnp.cos(signal.polar_key_phase), jnp.sin(signal.polar_key_phase)
+        key = cos * cos_phase - sin * sin_phase, sin * cos_phase + cos * sin_phase
         kernel_HS = mean_of_products((cos, key[0])) + mean_of_products((sin, key[1]))
         is_polar_H = jnp.arange(heads) < (heads if signal.polar_num_heads is None else signal.polar_num_heads)
         terms["kernel"] = jnp.where(is_polar_H[:, None], kernel_HS, 1.0)
