@@ -670,7 +670,6 @@ OUTPUT_FILES = {
     "conversion.json",
     "restored.json",
     "similarity.npz",
-    "position_curves.npz",
     "attention.npz",
     "readme.md",
     "model.stablehlo",

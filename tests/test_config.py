@@ -414,7 +414,7 @@ FORMER = {
     "scale_invariant": {"scale_invariant_tau": 10.0, "rotary_pairs": 6},
     "rotary": {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0},
     "alibi": {"slope_scale": 1.0},
-    "lookhere": {"directed_heads": 4, "slope_scale": 1.0},
+    "lookhere": {"directed_heads": 4, "slope_scale": 1.0, "undirected_slopes": "spread"},
 }
 
 
@@ -433,6 +433,14 @@ def test_older_runs_without_lengths_of_their_encoding_have_those_they_were_train
     resolved = config.with_resolved_lengths(found).encoding
     assert FORMER[kind].items() <= dataclasses.asdict(resolved).items()
     assert kind in ("alibi", "kerple") or now != resolved, "a config of today has its own"
+
+
+def test_runs_from_before_the_authors_slopes_keep_two_thirds_of_the_heads():
+    values = config.to_dict(config.load(f"{DIGITS}:lookhere", {"model.heads": 8}))
+    assert config.with_resolved_lengths(config.from_dict(values)).encoding.directed_heads == 4
+    del values["encoding"]["undirected_slopes"]
+    found = config.from_dict(values).encoding
+    assert (found.directed_heads, found.undirected_slopes) == (5, "spread")
 
 
 @pytest.mark.parametrize(

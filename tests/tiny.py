@@ -53,7 +53,8 @@ def tiny_config(**overrides) -> Config:
 def every_part(kind: str, gate: str = "forget") -> dict:
     """Overrides that combine an encoding of texts with every part that it can take at once."""
     chosen = config.ENCODINGS[kind]
-    fields = {"encoding__log_scaling": True, "encoding__gate": gate, "encoding__gate_bias_init": 1.0}
+    fields = {"encoding__gate": gate, "encoding__gate_bias_init": 1.0}
+    fields |= {} if kind == "rope_id" else {"encoding__log_scaling": True}  # it sharpens attention itself
     parts = {"position_heads": 1, "rotary_pairs": 4, "rotary_heads": 1}
     fields |= {f"encoding__{name}": value for name, value in parts.items() if chosen.has(name)}
     return fields

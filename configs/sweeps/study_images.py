@@ -9,8 +9,9 @@ split. Each encoding has twelve trials with seed 0, as in study_text.py: without
 patches keep their positions), rotary pairs, a head without position, or log scaling; with the best two of these together;
 then learning rates and constants. The loss on the validation split at 16 x 16, twice the training size, decides. Then come
 five seeds of the first encodings, three of the others. `learned_crops` is the interpolated table trained on crops of the
-sizes that others see as zoomed parts; `rotary` numbers the patches row by row.
-Hardware: two CPU cores, one for each of two runs at once; about four hours, the strongest encodings first.
+sizes that others see as zoomed parts; `rotary` numbers the patches row by row; `fire_signed` is FIRE with the signed
+displacement along each axis.
+Hardware: two CPU cores, one for each of two runs at once; about five hours, the strongest encodings first.
 docs/results/study_images.json holds the runs of a study that offered these parts to some encodings alone.
 """
 
@@ -18,7 +19,7 @@ from seqpe_jax.sweeps import choose_parts_then_repeat
 
 CONFIG = "configs/digits_vit.py"
 SHOWN = ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere")
-OTHER = ("fire", "alibi_grid", "learned", "learned_crops", "seqpe_paper", "rotary", "none")
+OTHER = ("pape", "fire_signed", "fire", "alibi_grid", "learned", "learned_crops", "seqpe_paper", "rotary", "none")
 PARTS = {
     "zoom": {"objective.zoom.rate": 0.5},
     "pairs": {"encoding.rotary_pairs": 6},
@@ -51,6 +52,8 @@ CONSTANTS = {
     "rotary": _each("encoding.theta", 100.0, 1000.0),
     "alibi_grid": _each("encoding.slope_scale", 0.5, 2.0),
     "lookhere": _each("encoding.directed_heads", 2, 4),
+    "pape": _each("encoding.parabolas", 4, 10),
+    "fire_signed": _each("encoding.fire_scale", 3.0, 36.0),
     "fire": _each("encoding.fire_scale", 3.0, 36.0),
 }
 TUNING = {"seed": 0, "eval.every": 800, "eval.sizes": (8, 16)}
@@ -59,7 +62,9 @@ TUNING = {"seed": 0, "eval.every": 800, "eval.sizes": (8, 16)}
 def runs():
     """Yields (name, overrides) of each run: of the first encodings both stages, then of the others."""
     for names, seeds in ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))):
-        variants = {name: {"variant": name.removesuffix("_crops")} for name in names}
+        variants = {name: {"variant": name.removesuffix("_crops").removesuffix("_signed")} for name in names}
+        if "fire_signed" in variants:
+            variants["fire_signed"]["encoding.fire_signed"] = True
         if "learned_crops" in variants:
             variants["learned_crops"]["data.augment.crop_scale"] = (0.3, 1.0)
         parts = {name: {part: PARTS[part] for part in TAKES.get(name, PARTS)} for name in names}

@@ -18,7 +18,7 @@ from seqpe_jax.sweeps import choose_parts_then_repeat
 
 CONFIG = "configs/stdlib_lm.py"
 SHOWN = ("seqpe", "fox", "cable", "alibi", "rotary", "scale_invariant")
-OTHER = ("kerple", "fire", "t5", "pope", "rotary_mixed", "learned", "sinusoidal", "none", "seqpe_paper")
+OTHER = ("rope_id", "kerple", "fire", "t5", "pope", "rotary_mixed", "learned", "sinusoidal", "none", "seqpe_paper")
 PAIRS = {"encoding.rotary_pairs": 4}
 OPEN = {"encoding.gate_bias_init": 4.0}
 GATE = {"encoding.gate": "forget", **OPEN}
@@ -34,6 +34,7 @@ TAKES = {
     "learned": ("pairs", "gate", "log_scaling"),
     "sinusoidal": ("pairs", "gate", "log_scaling"),
     "pope": ("gate", "free_head", "log_scaling"),
+    "rope_id": ("pairs", "gate", "free_head"),  # it scales logits by length itself
     "rotary_mixed": ("gate", "free_head", "log_scaling"),
 }
 RATES = {"optimizer.learning_rate": (4e-3, 2e-3, 8e-3, 2.8e-3, 5.6e-3, 1e-3, 1.6e-2, 1.4e-3, 1.1e-2)}
@@ -57,6 +58,7 @@ CONSTANTS = {
     "rotary_mixed": _each("encoding.theta", 100.0, 1000.0),
     "sinusoidal": _each("encoding.theta", 100.0, 1000.0),
     "pope": _each("encoding.theta", 100.0, 1000.0),
+    "rope_id": _each("encoding.slowest_period", 16.0, 64.0),
     "alibi": _each("encoding.slope_scale", 0.5, 2.0),
     "kerple": _each("encoding.kerple_scale", 0.3, 3.0),
     "fire": _each("encoding.fire_threshold", 16.0, 128.0),

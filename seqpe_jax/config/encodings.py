@@ -27,7 +27,10 @@ T5_BUCKETS = 32  # Raffel et al. 2020 (arXiv 1910.10683, section 2.1)
 T5_SHARE = 128 / 512  # distances up to 128 at a training length of 512 (the same, sections 2.1 and 3.1.2)
 FIRE_SHARE = 512 / 2048  # threshold 512 at a training length of 2048 (Li et al. 2024, arXiv 2310.04418)
 FIRE_SCALE = 0.1 * 2048  # c = 0.1 per token at that length
+ROPE_ID_FASTEST = 32 / 4096  # a turn every 32 tokens at a training length of 4096 (Wertheimer et al. 2026, 2603.18017)
+ROPE_ID_SLOWEST = 1 / 2  # two turns within the training length (the same)
 YARN_BETA_FAST = 32.0  # rotations within the training window (Peng et al. 2023, arXiv 2309.00071, section 3.2)
+PARABOLA_SHARE = 50 / 64  # of the columns of a head (Ohrstrom et al. 2026, arXiv 2602.01418)
 DIRECTED_SHARE = 8 / 12  # of the heads (Fuller et al. 2024, arXiv 2405.13985)
 
 
@@ -139,6 +142,7 @@ class EncodingConfig:
     position_heads = 0
     rotary_pairs = 0
     rotary_heads = 0
+    parabolas = 0
     gate = "none"
     gate_bias_init = 0.0
 
@@ -644,6 +648,56 @@ class RotaryMixedConfig(_Positions, _Heads, _RoPEBase, _WithForgetGate):
     kind: str = _kind("rotary_mixed")
 
 
+@dataclasses.dataclass(frozen=True)
+class RotaryIDConfig(_Positions, _Heads, _PartialRoPE, _WithForgetGate):
+    """RoPE-ID: fast rotations of half of the pairs."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryID"
+    SUMMARY: ClassVar[str] = "RoPE-ID: half of the pairs rotate, each at least twice within the training length."
+    SOURCE: ClassVar[str] = "arXiv 2603.18017"
+    AXES: ClassVar[Axes] = "1"
+    CAUSAL_ONLY: ClassVar[bool] = True
+
+    kind: str = _kind("rope_id")
+    fastest_period: float = _field(
+        0.0,
+        "tokens of a turn of the fastest pair; 0 = 1/128 of the training length, at least RoPE's 2 pi",
+        zero=True,
+        low=2.0,
+        high=2.0**30,
+    )
+    slowest_period: float = _field(
+        0.0, "tokens of a turn of the slowest pair; 0 = half of the training length", zero=True, low=2.0, high=2.0**30
+    )
+
+    def resolved(self, dims: ModelDims) -> "RotaryIDConfig":
+        """Replaces every 0 (automatic) by its value for this model."""
+        slowest = self.slowest_period or max(2.0, ROPE_ID_SLOWEST * dims.length)
+        fastest = self.fastest_period or min(slowest, max(2 * math.pi, ROPE_ID_FASTEST * dims.length))
+        pairs = self.rotary_pairs or max(1, dims.head_width // 4)
+        return dataclasses.replace(self, rotary_pairs=pairs, fastest_period=fastest, slowest_period=slowest)
+
+    def check(self, axes: int) -> None:
+        """Refuses two scalings of the queries."""
+        super().check(axes)
+        if self.log_scaling:
+            raise InputError(
+                "encoding.log_scaling and encoding.kind='rope_id' both sharpen attention in longer windows: set "
+                "encoding.log_scaling=False"
+            )
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses heads without such pairs, and periods in the wrong order. Raises: InputError."""
+        super().check_dims(dims)
+        _check_pairs(f"encoding.kind='{self.kind}'", self.rotary_pairs, 1, dims.head_width)
+        own = self.resolved(dims)
+        if own.fastest_period > own.slowest_period:
+            raise InputError(
+                f"encoding.fastest_period={own.fastest_period:g} must be at most "
+                f"encoding.slowest_period={own.slowest_period:g}: lower it, or raise the other"
+            )
+
+
 _SLOPE_SCALE: dict[str, Any] = {"low": 1e-6, "high": 1e6}
 
 
@@ -750,6 +804,18 @@ class FireConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     fire_scale: float = _field(
         0.0, "initial c, per token or patch; 0 = 204.8 over the training length", zero=True, low=1e-6, high=1e6
     )
+    fire_signed: bool = _field(
+        False, "on grids the network reads the displacement along each axis with its sign, else the distance alone"
+    )
+
+    def check(self, axes: int) -> None:
+        """Refuses signs in text, where every key is before its query. Raises: InputError: names the field."""
+        super().check(axes)
+        if self.fire_signed and axes == 1:
+            raise InputError(
+                "encoding.fire_signed=True is for images: in text every key is before its query, so that distances say all; "
+                "leave it out"
+            )
 
     def resolved(self, dims: ModelDims) -> "FireConfig":
         """Replaces every 0 (automatic) length by its value for this model.
@@ -772,17 +838,43 @@ class LookHereConfig(_Positions, _Heads, _WithOptionalRoPE):
 
     kind: str = _kind("lookhere")
     slope_scale: float = _field(1.0, "factor of the slopes, per patch", **_SLOPE_SCALE)
-    directed_heads: int = _field(0, "heads that see one side; 0 = two thirds", **limits.OPTIONAL_HEADS)
+    directed_heads: int = _field(
+        0, "heads that see one side; 0 = two thirds, a multiple of four if there are as many", **limits.OPTIONAL_HEADS
+    )
+    undirected_slopes: Literal["authors", "spread"] = _field(
+        "authors",
+        "slopes of the heads that see all sides: the authors' from the largest on, or the same four spread over the heads, "
+        "as before there was a choice",
+    )
 
     def resolved(self, dims: ModelDims) -> "LookHereConfig":
-        """Replaces a `directed_heads` of 0 (automatic) by its value for this model."""
-        return dataclasses.replace(self, directed_heads=self.directed_heads or round(DIRECTED_SHARE * dims.heads))
+        """Replaces a `directed_heads` of 0 (automatic) by its value for this model: 4 of 6, 8 of 12 or 16, as the authors."""
+        share = round(DIRECTED_SHARE * dims.heads)
+        return dataclasses.replace(self, directed_heads=self.directed_heads or (share if share < 4 else share // 4 * 4))
 
     def check_dims(self, dims: ModelDims) -> None:
         """Refuses more directed heads than heads."""
         super().check_dims(dims)
         if self.directed_heads > dims.heads:
             raise InputError(f"encoding.directed_heads={self.directed_heads} is more than model.heads={dims.heads}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PaPEConfig(_Positions, _Heads, _WithOptionalRoPE):
+    """Parabolic position encoding (PaPE)."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.pape:PaPE"
+    SUMMARY: ClassVar[str] = "Logits gain parabolas of learned coordinates, whose shape the query's content chooses."
+    SOURCE: ClassVar[str] = "arXiv 2602.01418"
+    AXES: ClassVar[Axes] = "2+"
+    PER_LAYER: ClassVar[bool] = True
+
+    kind: str = _kind("pape")
+    parabolas: int = _field(0, "parabolas of a head; 0 = the authors' 50 for 64 columns", **limits.OPTIONAL_WIDTH)
+
+    def resolved(self, dims: ModelDims) -> "PaPEConfig":
+        """Replaces a number of 0 (automatic) by its value for this model."""
+        return dataclasses.replace(self, parabolas=self.parabolas or max(1, round(PARABOLA_SHARE * dims.head_width)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -858,12 +950,14 @@ ENCODINGS: dict[str, type[EncodingConfig]] = {
     "rotary": RotaryConfig,
     "rotary_axial": RotaryAxialConfig,
     "rotary_mixed": RotaryMixedConfig,
+    "rope_id": RotaryIDConfig,
     "alibi": ALiBiConfig,
     "alibi_grid": GridALiBiConfig,
     "t5": T5Config,
     "kerple": KerpleConfig,
     "fire": FireConfig,
     "lookhere": LookHereConfig,
+    "pape": PaPEConfig,
     "scale_invariant": ScaleInvariantConfig,
     "pope": PoPEConfig,
     "none": NoPositionConfig,

@@ -65,6 +65,7 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "encoding.fire_scale": 0.1,
     "encoding.yarn_beta_fast": 32.0,
     "encoding.directed_heads": lambda stored: min(8, stored.model.heads),
+    "encoding.undirected_slopes": "spread",
 }
 # Older versions stored the fields of all encodings, and did not always refuse values that nothing reads. A stored section
 # with more than so many fields of others is one of theirs.
@@ -77,6 +78,7 @@ FORMER_MEANINGS: dict[str, tuple[str, Any]] = {
             max(1, stored.model.width // stored.model.heads // 4) * (stored.encoding.kind == "scale_invariant")
         ),
     ),
+    "encoding.directed_heads": ("encoding.undirected_slopes", lambda stored: round(stored.model.heads * 2 / 3)),
 }
 
 
@@ -252,8 +254,10 @@ def _with_former_defaults(config: Config, values: dict[str, Any]) -> Config:
     A user's config has all fields (`defaults`), and is returned unchanged.
     """
     idle = config.encoding.without_effect()
-    former = {name: value for name, value in FORMER_DEFAULTS.items() if _lacks(values, name)}
-    former |= {name: value for name, (newer, value) in FORMER_MEANINGS.items() if _lacks(values, newer)}
+    former = {name: value for name, (newer, value) in FORMER_MEANINGS.items() if _lacks(values, newer)}
+    former |= {
+        name: value for name, value in FORMER_DEFAULTS.items() if _lacks(values, name)
+    }  # of still older versions
     for name, value in former.items():
         section, field = name.split(".")
         fields = getattr(config, section)

@@ -73,6 +73,7 @@ PARAM_AXES = {
     "model/blocks*/mlp_in/bias": (MLP,),
     "model/blocks*/mlp_out/kernel": (MLP, WIDTH),
     "model/blocks*/fading/kernel": (WIDTH, HEADS),  # forget gate
+    "model/blocks*/parabola_shape/kernel": (WIDTH, None, HEADS, None),
     "model/blocks*/*/bias": (None,),
     "model/blocks*/norm_?/scale": (None,),
     "model/final_norm/*": (None,),
@@ -104,6 +105,7 @@ PARAM_AXES = {
     "encoding/outward": (None, None),
     "encoding/outward_bias": (None,),
     "encoding/shift": (None, None),
+    "encoding/directions": (None, None, None),  # of PaPE's coordinates
     "encoding/given": (None, None, None),  # precomputed position embeddings
 }
 

@@ -18,6 +18,7 @@ IDENTITY_VALUES = {
     "multiplicative": (1.0, 1.0),
     "additive": (0.0, 0.0),
     "position_query_key": (0.0, 0.0),
+    "parabola": (0.0, 0.0),
 }
 
 
@@ -51,6 +52,8 @@ class PositionSignal:
       additive: (of q, of k), each float[P, L, H or 1, K], added to q and k.
       position_query_key: position queries and keys, each float32[P, L, H or 1, F], whose dot product is added to the
         final attention logits.
+      parabola: (coordinates float32[P, L, H, M], whether a token has a position float32[P, L, H or 1, 1]) of M parabolas, which
+        become position queries and keys by what the queries' tokens say (`models.transformer.parabola_query_key`).
       polar_phase: (cos, sin), each float[P, L, 1, K]; component k of q and k then has the magnitude softplus of its value,
         and this phase.
       polar_key_phase: float[H, K], added to the phase of keys.
@@ -68,6 +71,7 @@ class PositionSignal:
     multiplicative: Pair | None = None
     additive: Pair | None = None
     position_query_key: Pair | None = None
+    parabola: Pair | None = None
     polar_phase: Pair | None = None
     polar_key_phase: jax.Array | None = None
     polar_num_heads: int | None = flax.struct.field(pytree_node=False, default=None)

@@ -32,25 +32,30 @@ FIRE_HIDDEN = 32  # features of FIRE's network
 FactorAndAddend = tuple[jax.Array | None, jax.Array]
 
 
-def bias_inputs(positions_PLA: jax.Array, resolution: int, prefix_tokens: int) -> jax.Array:
-    """Returns the inputs of bias functions, float32[P, prefix + L, A + 2].
+def bias_inputs(
+    positions_PLA: jax.Array, resolution: int, prefix_tokens: int, *, with_sides: bool = False
+) -> jax.Array:
+    """Returns the inputs of bias functions, float32[P, prefix + L, C].
 
     Args:
       positions_PLA: int32[P, L, A], in units.
       resolution: units of a token or patch.
       prefix_tokens: tokens before them, which have no position.
+      with_sides: whether the function reads the sides of the grid.
 
     Returns:
-      For each token its coordinates, the largest distance possible from it, and 1; 0 throughout for one without position.
+      For each token its A coordinates, the A sides of its grid if they are read, the largest distance possible from it, and
+      1; 0 throughout for one without position. Sides are the largest displacements along each axis.
     """
     own_PLA = positions_PLA.astype(jnp.float32) / resolution
+    sides = own_PLA.max(axis=1, keepdims=True) - own_PLA.min(axis=1, keepdims=True)
     if own_PLA.shape[-1] == 1:
         max_distance_PL1 = own_PLA  # causal attention sees the tokens before
     else:
-        sides = own_PLA.max(axis=1, keepdims=True) - own_PLA.min(axis=1, keepdims=True)
         diagonal = jnp.sqrt((sides**2).sum(axis=-1, keepdims=True))
         max_distance_PL1 = jnp.broadcast_to(diagonal, (*own_PLA.shape[:-1], 1))
-    inputs = jnp.concatenate([own_PLA, max_distance_PL1, jnp.ones_like(max_distance_PL1)], axis=-1)
+    own = [own_PLA, jnp.broadcast_to(sides, own_PLA.shape)] if with_sides else [own_PLA]
+    inputs = jnp.concatenate([*own, max_distance_PL1, jnp.ones_like(max_distance_PL1)], axis=-1)
     return jnp.pad(inputs, ((0, 0), (prefix_tokens, 0), (0, 0)))
 
 
@@ -114,18 +119,34 @@ class LogBias:
 class NetworkBias:
     """FIRE's bias: a small network of log(c distance + 1) / log(c max(largest distance, threshold) + 1).
 
+    With signs, the network reads one such share for each axis: of the displacement along it, with its sign, and of the side
+    of the grid.
+
     Attributes:
       threshold: initial, in tokens or patches; the learned one is a factor of it.
+      signed_axes: A of inputs with sides (`bias_inputs`); 0 = the network reads distances.
     """
 
     threshold: float
+    signed_axes: int = 0
 
     def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> FactorAndAddend:
         """Returns (None, addend float32[P, H, L, S]); params: see `Fire`."""
         scale, threshold = jnp.abs(params["scale"]), jnp.abs(params["threshold"]) * self.threshold
-        max_distance_PL1 = jnp.maximum(query[:, :, None, -2], threshold)
-        share = jnp.log1p(scale * distances(query, key)) / (jnp.log1p(scale * max_distance_PL1) + 1e-6)
-        hidden = jax.nn.relu(share[..., None] * params["inward"] + params["inward_bias"])
+
+        def share(distance_PLS: jax.Array, max_distance_PL: jax.Array) -> jax.Array:
+            largest = jnp.maximum(max_distance_PL[:, :, None], threshold)
+            return jnp.log1p(scale * distance_PLS) / (jnp.log1p(scale * largest) + 1e-6)
+
+        if self.signed_axes:
+            hidden = params["inward_bias"]
+            for axis in range(self.signed_axes):
+                move = query[:, :, None, axis] - key[:, None, :, axis]
+                own = jnp.sign(move) * share(jnp.abs(move), query[..., self.signed_axes + axis])
+                hidden = hidden + own[..., None] * params["inward"][axis]
+        else:
+            hidden = share(distances(query, key), query[..., -2])[..., None] * params["inward"] + params["inward_bias"]
+        hidden = jax.nn.relu(hidden)
         out, bias = params["outward"][:, heads_H], params["outward_bias"][heads_H]
         addend = jnp.einsum("plsw,wh->phls", hidden, out) + bias[:, None, None]
         return None, addend * valid_mask(query, key)
@@ -177,7 +198,14 @@ class ScaledLogits:
 
 
 def relative_bias_signal(
-    positions_PLA: jax.Array, resolution: int, dims: ModelDims, function: Any, params: Any = None, *, per_layer: bool
+    positions_PLA: jax.Array,
+    resolution: int,
+    dims: ModelDims,
+    function: Any,
+    params: Any = None,
+    *,
+    per_layer: bool,
+    with_sides: bool = False,
 ) -> PositionSignal:
     """Returns the signal of a bias function.
 
@@ -188,8 +216,9 @@ def relative_bias_signal(
       function: function of `position_signal.RelativeBias`.
       params: parameters of the function; None = it has none.
       per_layer: whether parameters have a leading layer axis.
+      with_sides: whether the function reads the sides of the grid.
     """
-    inputs = bias_inputs(positions_PLA, resolution, dims.prefix_tokens)
+    inputs = bias_inputs(positions_PLA, resolution, dims.prefix_tokens, with_sides=with_sides)
     fields = ("bias_params",) if per_layer else ()
     return PositionSignal(
         relative_bias=RelativeBias(inputs, inputs, function), bias_params=params, per_layer_fields=fields
@@ -299,7 +328,8 @@ class Fire(nn.Module):
     """FIRE: a small network reads the distance of a key as a share of the largest one possible (Li et al. 2024).
 
     In text, the largest distance is that to the first token, or a learned threshold if that is more. On grids, where the
-    paper says nothing, distances are Euclidean and the largest one is the diagonal. Source: arXiv 2310.04418.
+    paper says nothing, distances are Euclidean and the largest one is the diagonal; with `fire_signed` the network reads the
+    displacement along each axis instead, with its sign, as a share of the side. Source: arXiv 2310.04418.
 
     Attributes:
       config: fields of the encoding.
@@ -316,18 +346,25 @@ class Fire(nn.Module):
         """Returns the `relative_bias` of prefix + L tokens for positions int32[P, L, A]."""
         config, layers, heads, hidden = self.config, self.dims.layers, self.dims.heads, FIRE_HIDDEN
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        inward, outward = (_uniform(1.0 / math.sqrt(inputs)) for inputs in (1, hidden))
+        signed_axes = positions_PLA.shape[-1] if config.fire_signed else 0
+        inward, outward = (_uniform(1.0 / math.sqrt(inputs)) for inputs in (max(1, signed_axes), hidden))
+        sizes = (layers, signed_axes, hidden) if signed_axes else (layers, hidden)
         params = {
             "scale": self.param("scale", nn.initializers.constant(config.fire_scale), (layers,), jnp.float32),
             "threshold": self.param("threshold", ones, (layers,), jnp.float32),
-            "inward": self.param("inward", inward, (layers, hidden), jnp.float32),
+            "inward": self.param("inward", inward, sizes, jnp.float32),
             "inward_bias": self.param("inward_bias", inward, (layers, hidden), jnp.float32),
             "outward": self.param("outward", outward, (layers, hidden, heads), jnp.float32),
             "outward_bias": self.param("outward_bias", zeros, (layers, heads), jnp.float32),
         }
-        function = NetworkBias(config.fire_threshold)
         return relative_bias_signal(
-            positions_PLA, config.position_resolution, self.dims, function, params, per_layer=True
+            positions_PLA,
+            config.position_resolution,
+            self.dims,
+            NetworkBias(config.fire_threshold, signed_axes),
+            params,
+            per_layer=True,
+            with_sides=config.fire_signed,
         )
 
 
@@ -366,9 +403,9 @@ class LookHere(nn.Module):
     """LookHere: directed heads attend to one side of the grid, with logits that fall with distance (Fuller et al. 2024).
 
     Directed heads look up, down, left and right in turn, 180 degrees each, and each layer continues where the layer before
-    ended, so that all sides are seen where their number is not a multiple of four. The other heads see everything. Slopes
-    fall from 1.5 times their value in the first layer to half of it in the last. Source: arXiv 2405.13985, the form LH-180,
-    which has 8 directed heads of 12.
+    ended, so that all sides are seen where their number is not a multiple of four. The other heads see everything; their
+    slopes are the authors' 1/4, 1/16, 1/64 and 1/256. Slopes fall from 1.5 times their value in the first layer to half of it
+    in the last. Source: arXiv 2405.13985, the form LH-180, which has 8 directed heads of 12, and its code.
 
     Attributes:
       config: fields of the encoding.
@@ -385,7 +422,10 @@ class LookHere(nn.Module):
         layers, heads, directed = self.dims.layers, self.dims.heads, self.config.directed_heads
         undirected = heads - directed
         slopes = [0.5 ** (1 + head // 4) for head in range(directed)]
-        slopes += [0.25 ** (1 + 4 * head // undirected) for head in range(undirected)]
+        if self.config.undirected_slopes == "spread":
+            slopes += [0.25 ** (1 + 4 * head // undirected) for head in range(undirected)]
+        else:
+            slopes += [0.25 ** min(4, 1 + head // max(1, undirected // 4)) for head in range(undirected)]
         sides = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)], np.float32)  # (down, right): up, down, left, right
         direction = np.zeros((layers, heads, 2), np.float32)
         direction[:, :directed] = sides[np.arange(layers * directed) % len(sides)].reshape(layers, directed, 2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.config import ModelDims, RotaryAxialConfig, RotaryConfig, RotaryMixedConfig
+from seqpe_jax.config import ModelDims, RotaryAxialConfig, RotaryConfig, RotaryIDConfig, RotaryMixedConfig
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.errors import InputError
 
@@ -174,6 +174,33 @@ class Rotary(nn.Module):
         if config.scaling == "ntk":
             return ntk_scaling(frequencies, ratio, self.dims.head_width)
         return yarn_scaling(frequencies, ratio, self.dims.num_positions, config.yarn_beta_slow, config.yarn_beta_fast)
+
+
+class RotaryID(nn.Module):
+    """RoPE-ID: half of the pairs rotate, fast enough to have made whole turns within the training length.
+
+    Their periods are a geometric series; the other pairs carry content alone. Beyond the training length logits are scaled by
+    YaRN's temperature, for the number of keys that a query sees. Source: Wertheimer et al. 2026 (arXiv 2603.18017).
+
+    Attributes:
+      config: fields of the encoding.
+      dims: sizes of the model.
+    """
+
+    config: RotaryIDConfig
+    dims: ModelDims
+
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
+        """Returns `rotation` and `multiplicative` of positions int32[P, L, 1]; `shape` is not read."""
+        config, length = self.config, positions_PLA.shape[1]
+        periods = np.geomspace(config.fastest_period, config.slowest_period, config.rotary_pairs)
+        cos, sin = unit_circle(positions_PLA[..., 0], 2 * math.pi / periods / config.position_resolution)
+        keys_L = jnp.arange(1, length + 1).astype(jnp.float32)
+        sharper_L = 0.1 * jnp.log(jnp.maximum(1.0, keys_L / self.dims.num_positions)) + 1.0
+        query = (sharper_L**2)[None, :, None, None]  # YaRN multiplies queries and keys
+        return PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]), multiplicative=(query, jnp.ones_like(query)))
 
 
 class RotaryAxial(nn.Module):

@@ -21,6 +21,11 @@ from seqpe_jax.models.attention_context import attend_on_device, make_plan
 from seqpe_jax.models.attention_dispatch import AUTO_BLOCKS, KernelBlocks
 from seqpe_jax.models.attention_inputs import AttentionInputs, position_dot_product
 
+PARABOLA_MESSAGE = (
+    "the shape of this encoding's parabolas depends on the queries' tokens: replace signal.parabola by position queries and keys "
+    "(models.transformer.parabola_query_key)"
+)
+
 
 @flax.struct.dataclass
 class KVCache:
@@ -73,8 +78,10 @@ def attend(
       dropout_key: PRNG key; None = no dropout.
 
     Raises:
-      InputError: the requested backend does not support these inputs.
+      InputError: the requested backend does not support these inputs, or the signal has parabolas.
     """
+    if signal.parabola is not None:
+        raise InputError(PARABOLA_MESSAGE)
     causal_offset_P = jnp.full(1, key_BSHK.shape[1] - query_BLHK.shape[1], jnp.int32) if causal else None
     query_BLHK, key_BSHK = _transform_query_key(query_BLHK, key_BSHK, signal)
     dropout_seed = None
@@ -148,8 +155,10 @@ def apply_position_signal(
       signal: PositionSignal of one layer (`PositionSignal.at_layer`).
 
     Raises:
-      InputError: the signal has a bias or a relative bias, which no query or key can carry alone.
+      InputError: the signal has a bias or a relative bias, which no query or key can carry alone, or parabolas.
     """
+    if signal.parabola is not None:
+        raise InputError(PARABOLA_MESSAGE)
     if signal.bias is not None or signal.relative_bias is not None:
         raise InputError(
             "this encoding has a pairwise attention bias, which cannot be folded into q and k; call seqpe_jax.attend instead"

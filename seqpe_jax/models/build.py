@@ -212,7 +212,7 @@ def dropout_key(key: jax.Array, random_bits: str) -> jax.Array:
 def model_flops(config: Config, vocabulary: int, *, tokens: int, training: bool) -> dict[str, float]:
     """Returns the floating-point operations of the network's matrix products, without the encoding's.
 
-    Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D, D H of gates) and of the logits (D V), and 4 L D in
+    Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D, D H of gates, 2 M D H of M parabolas) and of the logits (D V), and 4 L D in
     each block for attention to all L keys. A training step needs three times as many: forward, and twice that backward.
 
     Args:
@@ -229,6 +229,7 @@ def model_flops(config: Config, vocabulary: int, *, tokens: int, training: bool)
     model, num_positions = config.model, int(np.prod(config.grid))
     width, mlp = model.width, model.mlp_width or 4 * model.width
     gates = 0 if config.encoding.gate == "none" else width * model.heads
+    gates += 2 * config.encoding.resolved(config.dims).parabolas * width * model.heads
     weights = model.layers * 2 * (4 * width**2 + 2 * width * mlp + gates) + 2 * width * vocabulary
     attention = model.layers * 4 * num_positions * width
     counted = {"mfu": attention if config.is_image else attention / 2, "mfu_full_attention": attention}
@@ -284,6 +285,7 @@ def _network(config: Config, data_spec: DataSpec) -> GPT2 | ViT:
         matmul_precision=matmul_precision(config),
         gate="" if encoding.gate == "none" else encoding.gate,
         gate_bias_init=encoding.gate_bias_init,
+        parabolas=encoding.resolved(config.dims).parabolas,
     )
     if model.kind == "vit":
         return ViT(transformer, data_spec.classes, model.patch)

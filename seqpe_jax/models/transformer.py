@@ -23,7 +23,7 @@ from seqpe_jax.axes import (
     with_logical_constraint,
 )
 from seqpe_jax.encodings.digit_encoder import ACTIVATIONS
-from seqpe_jax.encodings.position_signal import PositionSignal
+from seqpe_jax.encodings.position_signal import Pair, PositionSignal, broadcast_to_batch
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, attention_weights
 from seqpe_jax.models.attention_inputs import ATTENTION_RESULT
 from seqpe_jax.models.attention_tpu import AUTO_BLOCKS, KernelBlocks
@@ -89,6 +89,7 @@ class TransformerConfig:
       scale_residual: initial weights of residual projections are smaller by sqrt(2 * layers).
       gate: one of `GATES`, or "" for none.
       gate_bias_init: forget gates start near sigmoid(gate_bias_init).
+      parabolas: M of a signal's `parabola`; 0 = it has none.
     """
 
     layers: int
@@ -114,6 +115,7 @@ class TransformerConfig:
     scale_residual: bool = True
     gate: str = ""
     gate_bias_init: float = 0.0
+    parabolas: int = 0
 
     @property
     def head_width(self) -> int:
@@ -147,7 +149,7 @@ class Linear(nn.Module):
       dtype: dtype of the arithmetic.
       kernel_init: initializer of the kernel.
       contract_dims: number of dimensions that are summed over.
-      bias_init: initial value of the bias.
+      bias_init: initial value of the bias; None = there is no bias.
     """
 
     shape: tuple[int, ...]
@@ -155,7 +157,7 @@ class Linear(nn.Module):
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
     contract_dims: int = 1
-    bias_init: float = 0.0
+    bias_init: float | None = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -164,10 +166,13 @@ class Linear(nn.Module):
         shape = tuple(size or of_x for size, of_x in zip(self.shape, inputs, strict=False))
         shape += self.shape[self.contract_dims :]
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias_init = nn.initializers.constant(self.bias_init)
-        bias = self.param("bias", bias_init, self.shape[self.contract_dims :], jnp.float32)
+        bias = None
+        if self.bias_init is not None:
+            bias_init = nn.initializers.constant(self.bias_init)
+            bias = self.param("bias", bias_init, self.shape[self.contract_dims :], jnp.float32)
         kernel = all_gather_param(kernel.astype(self.dtype), *self.logical_axes)
-        return jnp.tensordot(x.astype(self.dtype), kernel, self.contract_dims) + bias.astype(self.dtype)
+        product = jnp.tensordot(x.astype(self.dtype), kernel, self.contract_dims)
+        return product if bias is None else product + bias.astype(self.dtype)
 
 
 def cumsum(log_gate_BLH: jax.Array) -> jax.Array:
@@ -180,6 +185,28 @@ def cumsum(log_gate_BLH: jax.Array) -> jax.Array:
 
     log_gate_LBH = jnp.moveaxis(log_gate_BLH, 1, 0)
     return jnp.moveaxis(jax.lax.scan(add, jnp.zeros_like(log_gate_BLH[:, 0]), log_gate_LBH)[1], 0, 1)
+
+
+def parabola_query_key(
+    shape_BLSHM: jax.Array, coordinates_PLHM: jax.Array, has_position: jax.Array, head_width: int
+) -> Pair:
+    """Returns the position queries and keys of parabolas (PaPE), each float32[B, L, H, 2 M + 1].
+
+    Their dot product is sum over m of -a_m (p_m[query] - p_m[key])^2 + b_m (p_m[query] - p_m[key]), over sqrt(head width), with
+    a = softplus(shape[:, :, 0]) and b = shape[:, :, 1]; 0 where query or key has no position.
+
+    Args:
+      shape_BLSHM: float32, S = 2 numbers for each parabola, of the queries' tokens.
+      coordinates_PLHM: float32, coordinates p; 0 for a token without position.
+      has_position: float32[P, L, H or 1, 1], 1 or 0.
+      head_width: K.
+    """
+    curvature, slope = jax.nn.softplus(shape_BLSHM[:, :, 0]), shape_BLSHM[:, :, 1]
+    p, valid = (broadcast_to_batch(field, curvature.shape[0]) for field in (coordinates_PLHM, has_position))
+    constant = ((slope - curvature * p) * p).sum(axis=-1, keepdims=True)
+    query = jnp.concatenate([constant, curvature, 2 * curvature * p - slope], axis=-1)
+    key = jnp.concatenate([jnp.broadcast_to(valid, (*p.shape[:-1], 1)), -(p**2), p], axis=-1)
+    return query * valid / math.sqrt(head_width), jnp.broadcast_to(key, query.shape)
 
 
 class Block(nn.Module):
@@ -215,6 +242,9 @@ class Block(nn.Module):
             bias = {"forget": config.gate_bias_init, "cable": -config.gate_bias_init}[config.gate]
             # The name is that of its parameters in checkpoints.
             self.forget_gate = linear((width, heads), (WIDTH, HEADS), bias_init=bias, name="fading")
+        if config.parabolas:
+            sizes = (width, 2, heads, config.parabolas)
+            self.parabola_shape = linear(sizes, (WIDTH, None, HEADS, None), bias_init=None)
 
     def __call__(
         self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool = True, drop_path: jax.Array | None = None
@@ -233,7 +263,7 @@ class Block(nn.Module):
             cum_log_gate_BLH = with_logical_constraint(cumsum(log_gate_BLH), BATCH, LENGTH, HEADS)
         attended = attend(
             *self._query_key_value(x_BLD),
-            signal,
+            self._with_parabolas(x_BLD, signal),
             cum_log_gate_BLH,
             causal=self.config.causal,
             **self._backend,
@@ -266,7 +296,7 @@ class Block(nn.Module):
     def attention_weights(self, x_BLD: jax.Array, signal: PositionSignal) -> jax.Array:
         """Returns the attention weights, float32[B, H, L, L]; signal: of this layer."""
         query, key, _ = self._query_key_value(x_BLD)
-        return attention_weights(query, key, signal, causal=self.config.causal)
+        return attention_weights(query, key, self._with_parabolas(x_BLD, signal), causal=self.config.causal)
 
     @property
     def _backend(self) -> dict[str, Any]:
@@ -286,6 +316,15 @@ class Block(nn.Module):
         if not self.config.gate:
             return None
         return GATES[self.config.gate](self.forget_gate(_gathered(self.norm_1(x_BLD))).astype(jnp.float32))
+
+    def _with_parabolas(self, x_BLD: jax.Array, signal: PositionSignal) -> PositionSignal:
+        """The signal of this layer with its `parabola`, if it has one, as position queries and keys of each sample."""
+        if signal.parabola is None:
+            return signal
+        shape_BLSHM = self.parabola_shape(_gathered(self.norm_1(x_BLD))).astype(jnp.float32)
+        pair = parabola_query_key(shape_BLSHM, *signal.parabola, self.config.head_width)
+        query_key = tuple(with_logical_constraint(part, BATCH, LENGTH, HEADS, None) for part in pair)
+        return signal.replace(position_query_key=query_key, parabola=None)
 
     def _query_key_value(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [B, L, H, K]."""

@@ -36,6 +36,8 @@ COLOURS = {
     "scale_invariant": ("#3F51B5", "#9DAAF2"),
     "alibi_grid": ("#00796B", "#4DB6AC"),
     "lookhere": ("#795548", "#C8A08E"),
+    "rope_id": ("#0D47A1", "#7FA8E8"),
+    "pape": ("#AD5A00", "#F0A35E"),
     "other": ("#555555", "#BBBBBB"),
 }
 INK, GRID = "#333333", "#DDDDDD"

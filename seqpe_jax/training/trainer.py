@@ -255,11 +255,15 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     signal = jax.eval_shape(lambda key: model_spec.init_encoding(key)[1].at_layer(0), key)
+    position_query_key = signal.position_query_key
+    if signal.parabola is not None:  # as `models.transformer.parabola_query_key` makes them of each sample
+        features = jax.ShapeDtypeStruct((*shape[:-1], 2 * signal.parabola[0].shape[-1] + 1), jnp.float32)
+        position_query_key = features, features
     inputs = AttentionInputs(
         array,
         array,
         array,
-        signal.position_query_key,
+        position_query_key,
         signal.bias,
         signal.relative_bias,
         causal_offset=None if config.is_image else number,

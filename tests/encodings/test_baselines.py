@@ -132,6 +132,12 @@ REFUSED = [
     ("rotary_axial", {"rotary_pairs": 1, "grid": (2, 3)}, "rotary_pairs=1 must lie between the 2 axes and the 8 pairs"),
     ("rotary_axial", {"rotary_pairs": 9, "grid": (2, 3)}, "rotary_pairs=9 must lie between the 2 axes and the 8 pairs"),
     ("lookhere", {"directed_heads": 5, "heads": 4, "grid": (2, 3)}, "directed_heads=5 is more than model.heads=4"),
+    ("fire", {"fire_signed": True}, "encoding.fire_signed=True is for images"),
+    ("rope_id", {"grid": (2, 3)}, "encoding.kind='rope_id' is for text"),
+    ("rope_id", {"log_scaling": True}, "encoding.log_scaling and encoding.kind='rope_id' both sharpen attention"),
+    ("rope_id", {"width": 6, "heads": 2}, "encoding.kind='rope_id' .* = 3 must be even"),
+    ("rope_id", {"fastest_period": 9.0, "slowest_period": 8.0}, "fastest_period=9 must be at most .*slowest_period=8"),
+    ("pape", {}, "encoding.kind='pape' is for images"),
     (
         "t5",
         {"t5_buckets": 32, "t5_max_distance": 16},

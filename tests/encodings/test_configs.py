@@ -74,8 +74,8 @@ def test_each_field_is_read_where_a_model_is_built_and_applied(kind):
     own = {field.name: getattr(settings.encoding, field.name) for field in dataclasses.fields(settings.encoding)}
     parts = {"rotary_pairs": 2, "gate": "forget" if len(settings.grid) == 1 else "none", "log_scaling": True}
     own |= {name: value for name, value in parts.items() if name in own}
-    if kind == "rotary":
-        own |= {"scaling": "yarn", "log_scaling": False}
+    if kind in ("rotary", "rope_id"):  # which sharpen attention themselves
+        own |= {"log_scaling": False} | ({"scaling": "yarn"} if kind == "rotary" else {})
     del own["kind"]
     encoding = recording(ENCODINGS[kind], names)(**own)
     settings = dataclasses.replace(settings, encoding=encoding)
@@ -138,7 +138,11 @@ def test_shares_are_the_authors_numbers_at_the_authors_lengths():
     assert at("fire", data__length=2048)["fire_scale"] == pytest.approx(0.1)
     assert at("rotary", data__length=4096)["yarn_beta_fast"] == 32
     assert at("scale_invariant", data__length=4096)["rotary_pairs"] == 16  # half of the pairs of 64 columns
-    assert lengths("imagenet_vit", "lookhere", model__heads=12)["directed_heads"] == 8
+    rope_id = at("rope_id", data__length=4096)
+    assert (rope_id["rotary_pairs"], rope_id["fastest_period"], rope_id["slowest_period"]) == (16, 32, 2048)
+    for heads, directed in ((6, 4), (12, 8), (16, 8)):
+        assert lengths("imagenet_vit", "lookhere", model__heads=heads)["directed_heads"] == directed
+    assert lengths("imagenet_vit", "pape", model__width=768, model__heads=12)["parabolas"] == 50
 
 
 def test_shares_follow_the_window():
@@ -152,7 +156,12 @@ def test_shares_follow_the_window():
     assert at("fire")["fire_threshold"] == 512 and at("t5", encoding__t5_max_distance=64)["t5_max_distance"] == 64
     short = at("t5", data__length=8)
     assert short["t5_buckets"] == short["t5_max_distance"] == 8
+    rope_id = at("rope_id")
+    assert (rope_id["rotary_pairs"], rope_id["slowest_period"]) == (6, 32)
+    assert rope_id["fastest_period"] == pytest.approx(2 * math.pi)  # a 128th of 64 tokens would be less than a token
+    assert at("rope_id", data__length=8)["fastest_period"] == at("rope_id", data__length=8)["slowest_period"] == 4
     assert lengths("digits_vit", "lookhere")["directed_heads"] == 3
+    assert lengths("digits_vit", "pape")["parabolas"] == 19
     assert lengths("digits_vit", "fire")["fire_threshold"] == pytest.approx(math.hypot(4, 4) / 4)
 
 

@@ -28,6 +28,7 @@ SEQPE = {
 FIELDS = {"seqpe": SEQPE | {"init_std": 0.5}, "learned": {"init_std": 0.5}}
 BIASES = {"alibi_grid", "fire", "lookhere"}  # functions of two positions: see test_relative_bias.py
 KINDS = sorted(set(kinds_for(2)) - BIASES)
+FIELDS_OF_TOKENS = ("input_embedding", "rotation", "multiplicative", "parabola")
 
 
 def make(kind, shape, *, layers=LAYERS, width=WIDTH, heads=HEADS, prefix_tokens=1, compat=None, **fields):
@@ -64,7 +65,7 @@ def tokens_of(field, name, per_layer_fields):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_positions_of_a_grid_have_different_signals(kind, shape):
     found = of_grid(make(kind, shape), shape)
-    fields = {name: getattr(found, name) for name in ("input_embedding", "rotation", "multiplicative")}
+    fields = {name: getattr(found, name) for name in FIELDS_OF_TOKENS}
     features = []
     for name, field in fields.items():
         for part in () if field is None else field if isinstance(field, tuple) else (field,):
@@ -191,7 +192,7 @@ def test_a_larger_grid_than_trained(kind):
     encoding = make(kind, trained)
     small, large = of_grid(encoding, trained), of_grid(encoding, larger, at=trained)
     inside = [0, *(1 + row * 5 + column for row, column in np.ndindex(*trained))]
-    for name in ("input_embedding", "rotation", "multiplicative"):
+    for name in FIELDS_OF_TOKENS:
         pairs = zip(jax.tree.leaves(getattr(small, name)), jax.tree.leaves(getattr(large, name)), strict=True)
         for here, there in pairs:
             here, there = (tokens_of(field, name, small.per_layer_fields) for field in (here, there))

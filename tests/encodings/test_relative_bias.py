@@ -18,8 +18,9 @@ from seqpe_jax.trees import flatten_dict
 from tests.tiny import every_part, random_params, tiny_config
 
 LAYERS, HEADS, WIDTH = 2, 4, 8  # of a head
-TEXTS = ("t5", "kerple", "fire", "scale_invariant", "pope")
-GRIDS = ("alibi_grid", "lookhere", "fire")
+TEXTS = ("t5", "kerple", "fire", "scale_invariant", "pope", "rope_id")
+GRIDS = ("alibi_grid", "lookhere", "fire", "fire_signed")
+TRAINED = 16  # tokens of training, beyond which RoPE-ID sharpens attention
 KEY = jax.random.PRNGKey(0)
 
 
@@ -32,6 +33,8 @@ PAPERS = {
     "kerple_scale": 1.0,
     "scale_invariant_tau": 10.0,
     "rotary_pairs": 2,
+    "fastest_period": 32.0,
+    "slowest_period": 2048.0,
     "directed_heads": 4,
     "slope_scale": 1.0,
     "yarn_beta_slow": 1.0,
@@ -40,24 +43,26 @@ PAPERS = {
 OTHERS = PAPERS | {
     "t5_buckets": 10,
     "t5_max_distance": 24,
-    "fire_threshold": 30.0,
+    "fire_threshold": 2.4,
     "fire_scale": 0.7,
     "kerple_scale": 8.0,
     "scale_invariant_tau": 3.0,
     "rotary_pairs": 3,
-    "directed_heads": 3,
+    "fastest_period": 7.0,
+    "slowest_period": 20.0,
+    "directed_heads": 2,
     "slope_scale": 0.5,
     "yarn_beta_slow": 0.5,
     "yarn_beta_fast": 6.0,
 }
 
 
-def make(kind, grid=(64,), prefix_tokens=0, **fields):
+def make(kind, grid=(64,), prefix_tokens=0, heads=HEADS, **fields):
     chosen = ENCODINGS[kind]
     own = {
         name: value for name, value in (PAPERS | fields).items() if chosen.has(name) and name not in chosen.requires()
     }
-    return chosen(**own).make_module(ModelDims(LAYERS, HEADS * WIDTH, HEADS, grid, prefix_tokens))
+    return chosen(**own).make_module(ModelDims(LAYERS, heads * WIDTH, heads, grid, prefix_tokens))
 
 
 def signal_of(encoding, positions_PLA, shape, layer=1):
@@ -113,10 +118,15 @@ def softplus(x):
     return np.log1p(np.exp(x))
 
 
-def fire(params, distance, max_distance, h, start):
+def fire(params, moves, sides, h, start):
+    """Of one distance and the largest one, or of a displacement along each axis and its sides."""
     c, threshold = abs(params["scale"][1]), abs(params["threshold"][1]) * start
-    share = math.log(c * distance + 1) / (math.log(c * max(max_distance, threshold) + 1) + 1e-6)
-    hidden = np.maximum(share * params["inward"][1] + params["inward_bias"][1], 0.0)
+    inward = params["inward"][1].reshape(len(moves), -1)
+    hidden = params["inward_bias"][1].copy()
+    for move, side, weights in zip(moves, sides, inward, strict=True):
+        share = math.log(c * abs(move) + 1) / (math.log(c * max(side, threshold) + 1) + 1e-6)
+        hidden += math.copysign(share, move) * weights
+    hidden = np.maximum(hidden, 0.0)
     return hidden @ params["outward"][1][:, h] + params["outward_bias"][1][h]
 
 
@@ -133,12 +143,20 @@ def text_logit(kind, params, at, lengths):
             slope, scale = (max(params[name][1, h], 0.01) for name in ("slope", "scale"))
             return dot(q, k) - slope * math.log(1 + scale * distance)
         if kind == "fire":
-            return dot(q, k) + fire(params, distance, at[i], h, lengths["fire_threshold"])
+            return dot(q, k) + fire(params, [distance], [at[i]], h, lengths["fire_threshold"])
         if kind == "scale_invariant":
             square = 2 * math.log(distance / lengths["scale_invariant_tau"] + 1) + 1
             frequencies = [10000.0 ** (-2 * n / WIDTH) for n in range(lengths["rotary_pairs"])]
             ends = (rotated(array, [position * f for f in frequencies]) for array, position in ((q, at[i]), (k, at[j])))
             return math.sqrt(square) * dot(*ends) + 1 - square
+        if kind == "rope_id":
+            count, fastest, slowest = (lengths[name] for name in ("rotary_pairs", "fastest_period", "slowest_period"))
+            periods = [fastest * (slowest / fastest) ** (n / (count - 1)) for n in range(count)]
+            ends = (
+                rotated(array, [2 * math.pi * position / period for period in periods])
+                for array, position in ((q, at[i]), (k, at[j]))
+            )
+            return (0.1 * math.log(max(1, (i + 1) / TRAINED)) + 1) ** 2 * dot(*ends)
         frequencies = 10000.0 ** (-np.arange(WIDTH) / WIDTH)
         shift = np.clip(params["shift"][1, h], -2 * math.pi, 0)
         return (softplus(q) * softplus(k) * np.cos(distance * frequencies - shift)).sum() / math.sqrt(WIDTH)
@@ -152,7 +170,7 @@ def test_attention_of_text_equals_the_paper(kind, start, lengths):
     """Near the origin and, except for FIRE, which reads how far the text goes back, anywhere else."""
     length = 40
     positions_PLA = jnp.array([*range(length - 2), 170, 199])[None, :, None] + start
-    signal, params = signal_of(make(kind, **lengths), positions_PLA, (length,))
+    signal, params = signal_of(make(kind, (TRAINED,), **lengths), positions_PLA, (length,))
     q, k, v = operands(length)
     expected = mixed(text_logit(kind, params, positions_PLA[0, :, 0].tolist(), lengths), q, k, v, causal=True)
     for form, block in (("reference", 0), ("blockwise", 16)):
@@ -181,7 +199,7 @@ def grid_logit(kind, params, coordinates, lengths):
     directed = lengths["directed_heads"]
     slopes = {
         "alibi_grid": [2.0 ** (-2 * (h + 1)) for h in range(HEADS)],
-        "lookhere": [0.5] * directed + [0.25] * (HEADS - directed),
+        "lookhere": [0.5] * directed + [0.25, 0.0625][: HEADS - directed],
     }.get(kind)
     depth = {"alibi_grid": 1.0, "lookhere": 0.5}.get(kind, 1.0) * lengths["slope_scale"]  # the last of two layers
 
@@ -191,7 +209,10 @@ def grid_logit(kind, params, coordinates, lengths):
             return dot(q, k)
         distance = math.dist(here, there)
         if kind == "fire":
-            return dot(q, k) + fire(params, distance, math.dist((0, 0), (3, 2)), h, lengths["fire_threshold"])
+            return dot(q, k) + fire(params, [distance], [math.dist((0, 0), (3, 2))], h, lengths["fire_threshold"])
+        if kind == "fire_signed":
+            moves = [mine - theirs for mine, theirs in zip(here, there, strict=True)]
+            return dot(q, k) + fire(params, moves, (3, 2), h, lengths["fire_threshold"])
         down, right = there[0] - here[0], there[1] - here[1]
         hidden = (down > 0, down < 0, right > 0, right < 0)  # from heads that look up, down, left, right
         if (
@@ -208,15 +229,28 @@ def grid_logit(kind, params, coordinates, lengths):
 def test_attention_of_grids_equals_the_paper(kind, lengths):
     shape = (4, 3)
     coordinates = [(row, column) for row in range(4) for column in range(3)]
-    signal, params = signal_of(make(kind, shape, prefix_tokens=1, **lengths), jnp.array(coordinates)[None], shape)
+    name, fields = kind.removesuffix("_signed"), lengths | {"fire_signed": kind == "fire_signed"}
+    signal, params = signal_of(make(name, shape, prefix_tokens=1, **fields), jnp.array(coordinates)[None], shape)
     q, k, v = operands(13)
     expected = mixed(grid_logit(kind, params, [None, *coordinates], lengths), q, k, v, causal=False)
     for form, block in (("reference", 0), ("blockwise", 8)):
         np.testing.assert_allclose(attend(q, k, v, signal, causal=False, kind=form, block=block), expected, atol=1e-5)
     finer, _ = signal_of(
-        make(kind, shape, prefix_tokens=1, fraction_digits=1, **lengths), 10 * jnp.array(coordinates)[None], shape
+        make(name, shape, prefix_tokens=1, fraction_digits=1, **fields), 10 * jnp.array(coordinates)[None], shape
     )
     np.testing.assert_allclose(attend(q, k, v, finer, causal=False), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads, directed, undirected", [(6, 1, 2), (8, 1, 4), (12, 2, 4), (16, 2, 8)])
+def test_slopes_of_lookhere_are_those_of_the_authors_code(heads, directed, undirected):
+    """Four heads for each slope of those with a direction; of the others two or four, or as many for each of the four."""
+    found = make("lookhere", (2, 3), directed_heads=0, heads=heads).apply(
+        {}, jnp.zeros((1, 6, 2), jnp.int32), shape=(2, 3)
+    )
+    others = [0.25, 0.0625, 0.015625, 0.00390625]
+    expected = [0.5, 0.25][:directed] * 4
+    expected = sorted(expected, reverse=True) + sorted(others[:undirected] * max(1, undirected // 4), reverse=True)
+    assert list(found.relative_bias.function.slopes) == expected
 
 
 @pytest.mark.parametrize("kind", ["forget", "cable"])

@@ -107,8 +107,17 @@ def test_exports_of_text_equal_the_run_at_any_batch_and_length(name):
         assert not any("encoder" in leaf for leaf in leaves)
 
 
+IMAGES = {
+    "seqpe": {"encoding__mode": "attn_mul", "encoding__qk": "multi"},
+    "composed": COMPOSED | {"encoding__mode": "attn_scalar"},
+    "learned": {"kind": "learned"},
+    "rotary_mixed": {"kind": "rotary_mixed"},
+    "pape": {"kind": "pape", "encoding__parabolas": 3, "encoding__rotary_pairs": 2},
+    "lookhere": {"kind": "lookhere", "model__heads": 4, "encoding__rotary_pairs": 2, "encoding__rotary_heads": 3},
+}
+
 OTHERS = [("text", kind) for kind in kinds_for(1) if kind != "seqpe" and kind not in TEXTS]
-OTHERS += [("images", kind) for kind in kinds_for(2) if kind not in ("seqpe", "learned", "rotary_mixed", "lookhere")]
+OTHERS += [("images", kind) for kind in kinds_for(2) if kind not in IMAGES]
 
 
 @pytest.mark.parametrize("data, kind", OTHERS)
@@ -136,15 +145,6 @@ def test_exports_of_long_windows_attend_blockwise():
 def test_bfloat16_exports():
     run, params = random_run(tiny_config(precision__compute="bfloat16"))
     assert "bf16" in check(run, params, (32,), windows()[1:], tolerance=2e-2)[0]
-
-
-IMAGES = {
-    "seqpe": {"encoding__mode": "attn_mul", "encoding__qk": "multi"},
-    "composed": COMPOSED | {"encoding__mode": "attn_scalar"},
-    "learned": {"kind": "learned"},
-    "rotary_mixed": {"kind": "rotary_mixed"},
-    "lookhere": {"kind": "lookhere", "model__heads": 4, "encoding__rotary_pairs": 2, "encoding__rotary_heads": 3},
-}
 
 
 @pytest.mark.slow
