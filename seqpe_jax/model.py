@@ -141,6 +141,34 @@ class Model:
         _check_digits(encoder, fixed_point_RA)
         return self.compiled.vectors_of(self.params, jnp.asarray(fixed_point_RA, jnp.int32))
 
+    def position_curves(
+        self, size: int | Shape | None = None, tokens: Sequence[int] | np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Returns what attention gains by distance in each layer and head (`CompiledModel.position_curves`); {} = nothing.
+
+        Args:
+          size: tokens of the window, or the size of images in pixels; None = that of training.
+          tokens: int32[L], a text on which forget gates are measured; None = they are left out.
+
+        Raises:
+          InputError: positions beyond the digits, more tokens than the window, or a position encoder alone.
+        """
+        if self.model_spec.network is None:
+            raise InputError("this is a position encoder alone: it has no attention, only encode_positions")
+        grid = self.model_spec.shape
+        if size is not None:
+            sides = (size,) if isinstance(size, int) else tuple(size)
+            if len(sides) != len(grid):
+                raise InputError(f"size must have {len(grid)} number(s), one per axis, got {size!r}")
+            grid = self.model_spec.grid_of((1, *sides, 1)) if self.model_spec.is_image else sides
+        if min(grid) < 1:
+            raise InputError(f"size {size} has no position: choose a larger one")
+        if tokens is not None and not 1 <= len(tokens) <= grid[0]:
+            raise InputError(f"tokens must be 1 to {grid[0]} of the window, got {len(tokens)}: set a larger size")
+        self._checked_start(None, grid)
+        text_L = None if tokens is None else np.asarray(tokens, np.int32)
+        return self.compiled.position_curves(self.params, grid, text_L) or {}
+
     def generate(
         self,
         prompt: str | Sequence[str],

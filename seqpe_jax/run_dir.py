@@ -670,6 +670,7 @@ OUTPUT_FILES = {
     "conversion.json",
     "restored.json",
     "similarity.npz",
+    "position_curves.npz",
     "attention.npz",
     "readme.md",
     "model.stablehlo",

@@ -75,17 +75,6 @@ def one_device() -> Iterator[None]:
     """Runs and models use the first device alone, for which they compile sooner than for all eight."""
     import jax
 
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: first)
-        yield
-
-
-@pytest.fixture(scope="module")
-def one_device() -> Iterator[None]:
-    """Runs and models use the first device alone, for which they compile sooner than for all eight."""
-    import jax
-
     from seqpe_jax.distributed import sharding
 
     make_mesh = sharding.make_mesh

@@ -43,6 +43,7 @@ def runs():
         yield f"{point['seed']}-{point['steps']}", point
 """
 RUN = ("run/config.json", "run/sizes.json", "run/checkpoints/2/digests.json")
+ARRAYS = ("run/similarity.npz", "run/position_curves.npz")
 RESULTS = ("run/metrics.jsonl", "run/evaluation.json")
 IMAGE_RUN = ("image_run/config.json", "image_run/sizes.json", "image_run/classes.json")
 GPT2 = ("gpt2/config.json", "gpt2/model.safetensors", "words.json")
@@ -61,7 +62,7 @@ COMMANDS = {
     ("generate", "--checkpoint=run", "--prompts-file=prompts.txt", "--seed=3", OUT): (*RUN, "prompts.txt"),
     ("export", "--checkpoint=run", OUT, "--max-length=64", "--platforms=cpu"): (*RUN, *RESULTS),
     ("export", "--checkpoint=image_run", OUT, "--max-size=16"): IMAGE_RUN,
-    ("report", "--workdir=run", OUT): ("run/config.json", *RESULTS, "run/similarity.npz", "run/log.txt"),
+    ("report", "--workdir=run", OUT): ("run/config.json", *RESULTS, *ARRAYS, "run/log.txt"),
     ("convert", "--source=gpt2", OUT, "--to=run", "--tokenizer=words.json"): GPT2,
     ("convert", "--source=run", OUT, "--to=reference"): RUN,
     ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--jobs=2", "--only=0-6,1-8"): SWEEP_FILES,
@@ -166,6 +167,7 @@ def _write_results(folder: pathlib.Path) -> None:
     positions = np.arange(16)[:, None]
     arrays = {"pivots": positions[[4, 8]], "positions": positions, "cosine": np.ones((2, 16))}
     np.savez(folder / "similarity.npz", **arrays)
+    np.savez(folder / "position_curves.npz", distances=np.arange(16), logit=np.ones((2, 2, 16)))
     (folder / "log.txt").write_text("== failed: no room\n")
 
 

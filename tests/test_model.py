@@ -76,6 +76,12 @@ def test_a_model_is_opened_without_its_data(run, photos, no_data):
     assert model.encode_positions([0, 9, 199]).shape == (3, 24)
     assert isinstance(model.generate("line ", max_new_tokens=3), str)
     assert len(model.generate(["line ", "a"], 3, temperature=1.0)) == 2
+    curves = model.position_curves(40, tokens=np.arange(9))
+    assert curves.keys() == {"distances", "logit", "kernel"} and curves["logit"].shape == (2, 2, 40)
+    for arguments, message in (((0,), "no position"), (((4, 4),), "1 number"), ((8, range(9)), "1 to 8 of the window")):
+        with pytest.raises(InputError, match=message):
+            model.position_curves(*arguments)
+    assert seqpe_jax.load(photos).position_curves((12, 8))["distances"].ndim == 2
     grown = seqpe_jax.load(photos).logits(np.zeros((2, 12, 12, 1), np.float32))
     assert grown.shape == (2, 10) and np.isfinite(grown).all()
 

@@ -13,6 +13,7 @@ import numpy as np
 from seqpe_jax import axes
 from seqpe_jax.distributed import sharding
 from seqpe_jax.encodings.position_signal import PositionSignal
+from seqpe_jax.inference import position_curves
 from seqpe_jax.models.build import ModelSpec, Params, Shape
 from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.positions.prefix_trie import PositionStructure
@@ -159,6 +160,33 @@ class CompiledModel:
             "cosine": np.asarray(cosine_similarity(vectors_RE, anchors), np.float32),
         }
 
+    def position_curves(
+        self, params: Params, shape: Shape, tokens_L: np.ndarray | None = None
+    ) -> dict[str, np.ndarray] | None:
+        """Returns what attention gains by distance in each layer and head, or None of an encoding without such terms.
+
+        Args:
+          params: {"encoding": ..., "model": ...}.
+          shape: shape of the window or grid; its last token, or the patch at its centre, is the query.
+          tokens_L: int32, a text of at most that window, on which gates are measured; None = they are left out.
+
+        Returns:
+          The arrays of position_curves.npz: "distances" of the keys, int32[D], or float32[rows, columns] of a grid, and some
+          of "logit", "kernel" and "factor" (`inference.position_curves.position_terms`) and "gate" (`mean_gate_products`),
+          each float32[layers, heads, D] or [layers, heads, rows, columns].
+        """
+        network, distances = self.model_spec.network, position_curves.distances_of(shape)
+        query, keys_S = position_curves.query_and_keys(shape, self.model_spec.prefix_tokens)
+        signal = self.signal(params, shape)
+        terms = self._position_terms(signal, query, jnp.asarray(keys_S))
+        if network.config.gate and tokens_L is not None:
+            window_L = np.pad(np.asarray(tokens_L, np.int32), (0, shape[0] - len(tokens_L)))  # causal: no effect
+            arguments = jnp.asarray(window_L), signal, jnp.asarray(distances), len(tokens_L)
+            terms = terms | {"gate": self._mean_gates(params, *arguments)}
+        sizes = (network.config.layers, network.config.heads, *distances.shape)
+        arrays = {name: np.asarray(term, np.float32).reshape(sizes) for name, term in terms.items()}
+        return {"distances": distances, **arrays} if arrays else None
+
     def class_token_attention(self, params: Params, images: np.ndarray) -> np.ndarray:
         """Returns the last layer's attention weights from the class token to the patches, float32[n, H, patches per axis...].
 
@@ -223,6 +251,25 @@ class CompiledModel:
             return self.model_spec.network.apply({"params": params["model"]}, inputs, signal)
 
         return jax.jit(with_mesh(self.mesh, logits))
+
+    @functools.cached_property
+    def _position_terms(self) -> Callable[[PositionSignal, int, jax.Array], dict[str, jax.Array]]:
+        config = self.model_spec.network.config
+
+        def terms(signal: PositionSignal, query: int, keys_S: jax.Array) -> dict[str, jax.Array]:
+            return position_curves.position_terms(signal, query, keys_S, config.layers, config.heads)
+
+        return jax.jit(with_mesh(self.mesh, terms), static_argnums=1, out_shardings=sharding.replicated(self.mesh))
+
+    @functools.cached_property
+    def _mean_gates(self) -> Callable[[Params, jax.Array, PositionSignal, jax.Array, int], jax.Array]:
+        def gates(
+            params: Params, tokens_L: jax.Array, signal: PositionSignal, distances_D: jax.Array, length: int
+        ) -> jax.Array:
+            log_gate_NLH = position_curves.log_gates(self.model_spec.network, params["model"], tokens_L, signal)
+            return position_curves.mean_gate_products(log_gate_NLH[:, :length], distances_D)
+
+        return jax.jit(with_mesh(self.mesh, gates), static_argnums=4, out_shardings=sharding.replicated(self.mesh))
 
 
 def cosine_similarity(vectors_RE: jax.Array, rows: np.ndarray) -> jax.Array:

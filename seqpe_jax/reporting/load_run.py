@@ -36,6 +36,7 @@ OPTIONAL_RESULT_FIELDS: FieldTypes = dict.fromkeys(("tokens", "examples", *HIGHE
     "depth": list,
     "distance": list,
 }
+POSITION_TERMS = ("logit", "kernel", "factor", "gate")  # in position_curves.npz
 ANCHORS_ARRAY = "pivots"  # in similarity.npz
 MAX_ARRAY_BYTES = 1 << 28  # of the arrays of a plot
 
@@ -130,17 +131,53 @@ def read_similarity(folder: AnyPath) -> dict[str, np.ndarray] | None:
     return arrays and {"anchors": arrays.pop(ANCHORS_ARRAY), **arrays}
 
 
+def read_position_curves(folder: AnyPath) -> dict[str, np.ndarray] | None:
+    """Reads position_curves.npz.
+
+    Args:
+      folder: run folder.
+
+    Returns:
+      {"distances" [D] or [rows, columns], and some of `POSITION_TERMS`, each float[layers, heads, *distances.shape]}; None
+      without the file.
+
+    Raises:
+      InputError: it holds other arrays.
+    """
+    path = folder / "position_curves.npz"
+    arrays = _read_npz(path, {"distances": 1}, dict.fromkeys(POSITION_TERMS, 3))
+    if arrays is None:
+        return None
+    distances = arrays.pop("distances")
+    is_axis = distances.size and np.isfinite(distances).all() and distances.min() >= 0
+    if distances.ndim == 1:
+        is_axis = is_axis and (np.diff(distances) > 0).all() and distances[-1] < 2**32
+    shapes = {term.shape[2:] for term in arrays.values()}
+    if (
+        not is_axis
+        or distances.ndim > 2
+        or shapes != {distances.shape}
+        or not all(term.size for term in arrays.values())
+    ):
+        raise InputError(f"{path}: the terms are not [layers, heads, distances]: evaluate the run again")
+    terms = {name: np.where(np.isfinite(term), term, np.nan) for name, term in arrays.items()}
+    return {"distances": distances, **terms}
+
+
 def read_attention(folder: AnyPath) -> dict[str, np.ndarray] | None:
     """Returns {"images", "attention"} of attention.npz, None without the file. Raises: InputError."""
     return _read_npz(folder / "attention.npz", {"images": 4, "attention": 4})
 
 
-def _read_npz(path: AnyPath, min_axes: dict[str, int]) -> dict[str, np.ndarray] | None:
-    """Reads arrays with at least so many axes each; None without the file."""
+def _read_npz(
+    path: AnyPath, min_axes: dict[str, int], optional: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray] | None:
+    """Reads arrays with at least so many axes each, the optional ones where they are; None without the file."""
     if not path.exists():
         return None
     try:
         found = load_npz(io.BytesIO(path.read_bytes()), MAX_ARRAY_BYTES)
+        min_axes = min_axes | {name: axes for name, axes in (optional or {}).items() if name in found}
         arrays = {name: found[name] for name in min_axes}
         if any(arrays[name].ndim < axes or arrays[name].dtype.kind not in "iuf" for name, axes in min_axes.items()):
             raise ValueError({name: value.shape for name, value in arrays.items()})

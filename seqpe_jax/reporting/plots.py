@@ -1,4 +1,4 @@
-"""Plots of a report: training, extrapolation, loss by position, answers, similarity of position vectors, attention."""
+"""Plots of a report: training, extrapolation, loss by position, answers, position curves, similarity, attention."""
 
 import functools
 import math
@@ -39,6 +39,15 @@ from seqpe_jax.reporting.tables import context_metric, metrics_of, number
 
 Values = dict[str, dict[float, list[float]]]  # row -> extent -> a value of each run
 Curve = tuple[np.ndarray, np.ndarray]  # x, y
+# Terms of `load_run.read_position_curves` and their axes.
+TERM_TITLES = {
+    "logit": "added to the logit",
+    "kernel": "mean cosine of the angles",
+    "factor": "mean factor of q and k",
+    "gate": "mean product of gates",
+}
+MAX_NAMED_LAYERS = 8  # more would hide the curves
+MAX_MAPS = 6  # layers and heads of which maps are drawn
 
 
 def plot_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[Plot]:
@@ -66,7 +75,7 @@ def plot_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[P
 
 def plot_run(run: Run) -> Iterator[Plot]:
     """Yields the plots of one run; the caller closes each before it takes the next."""
-    for draw in (answer_depth, similarity, attention):
+    for draw in (answer_depth, position_curves, similarity, attention):
         with matplotlib.rc_context(RC_PARAMS):
             plot = draw(run)
         if plot is not None:
@@ -295,6 +304,91 @@ def answer_depth(run: Run) -> Plot | None:
     )
     alt = f"Heat map of answers found, in percent, from the start to the end of the context. {values}."
     return Plot(f"answer_depth_{run.name}", "Answers by length and depth", alt, figure)
+
+
+def position_curves(run: Run) -> Plot | None:
+    """Draws what attention gains by distance in each layer and head; on a grid, maps around a patch. None without it."""
+    if run.position_curves is None:
+        return None
+    distances = run.position_curves["distances"]
+    terms = {name: values for name, values in run.position_curves.items() if name in TERM_TITLES}
+    terms = {name: _distinct(values) for name, values in terms.items() if np.isfinite(values).any()}
+    if not terms or distances.max() < 2:
+        return None
+    if distances.ndim > 1:
+        figure, form = (
+            _terms_on_grid(terms),
+            f"Maps around a patch of a grid of {len(distances)} x {distances.shape[1]}",
+        )
+    else:
+        figure = _terms_on_line(run, distances, terms)
+        form = f"Line charts by distance from the last of {distances[-1] + 1} tokens"
+    names = "; ".join(
+        f"{TERM_TITLES[name]} from {number(np.nanmin(values))} to {number(np.nanmax(values))} in "
+        f"{values.shape[0]} different layer(s) and {values.shape[1]} head(s)"
+        for name, values in terms.items()
+    )
+    return Plot(
+        f"position_curves_{run.name}",
+        "What attention gains by distance",
+        f"{form}, by layer and head: {names}.",
+        figure,
+    )
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """Returns [layers, heads, ...] with one layer where all are equal, and one head where all are."""
+    for axis in (0, 1):
+        first = np.take(values, [0], axis)
+        if np.array_equal(values, np.broadcast_to(first, values.shape), equal_nan=True):
+            values = first
+    return values
+
+
+def _terms_on_line(run: Run, distances: np.ndarray, terms: dict[str, np.ndarray]) -> plt.Figure:
+    """One plot for each term, with a line for each layer and head in the colour of the layer."""
+    size = (FIGURE_SIZE[0], 0.6 + 2.6 * len(terms))
+    figure, plots = plt.subplots(len(terms), 1, figsize=size, dpi=DPI, layout="constrained", squeeze=False, sharex=True)
+    seen = distances > 0  # a logarithmic axis has no 0
+    last = int(distances[-1])
+    for axes, (name, values) in zip(plots[:, 0], terms.items(), strict=True):
+        style_axes(axes, "distance (tokens)" if axes is plots[-1, 0] else "", TERM_TITLES[name])
+        for layer, of_layer in enumerate(values):
+            colour = matplotlib.colormaps["cividis"](layer / max(1, len(values) - 1))
+            for head, curve in enumerate(of_layer):
+                label = f"layer {layer + 1}" if len(values) > 1 and not head else None
+                axes.plot(distances[seen], curve[seen], color=colour, linewidth=1.1, alpha=0.85, label=label)
+        log2_axis(axes, {2**power for power in range(last.bit_length())}, {1, last})
+        if run.training_size["extent"] < last:
+            mark_training(axes, {run.training_size["extent"]})
+        if 1 < len(values) <= MAX_NAMED_LAYERS:
+            axes.legend(fontsize=8, frameon=False, ncols=2)
+    return figure
+
+
+def _terms_on_grid(terms: dict[str, np.ndarray]) -> plt.Figure:
+    """A map for each layer (rows) and head (columns) of each term; of many, some that are evenly spaced."""
+    chosen = {
+        name: [np.unique(np.linspace(0, count - 1, MAX_MAPS).astype(int)) for count in values.shape[:2]]
+        for name, values in terms.items()
+    }
+    lines = [(name, layer) for name, (layers, _) in chosen.items() for layer in layers]
+    columns = max(len(heads) for _, heads in chosen.values())
+    size = (1.3 * columns + 1.8, 1.4 * len(lines) + 0.3)
+    figure, plots = plt.subplots(len(lines), columns, figsize=size, dpi=DPI, layout="constrained", squeeze=False)
+    for axes in plots.flat:
+        axes.set_axis_off()
+    for name, values in terms.items():
+        rows = [at for at, (own, _) in enumerate(lines) if own == name]
+        low, high = np.nanmin(values), np.nanmax(values)
+        for at in rows:
+            for axes, head in zip(plots[at], chosen[name][1], strict=False):
+                layer = lines[at][1]
+                image = axes.imshow(values[layer, head], cmap="cividis", vmin=low, vmax=high, interpolation="none")
+                axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
+        bar = figure.colorbar(image, ax=plots[rows].ravel().tolist(), label=TERM_TITLES[name])
+        bar.outline.set_visible(False)
+    return figure
 
 
 def similarity(run: Run) -> Plot | None:

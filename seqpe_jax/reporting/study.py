@@ -22,6 +22,7 @@ from seqpe_jax.reporting.load_run import (
     parse_object,
     read_attention,
     read_evaluation,
+    read_position_curves,
     read_similarity,
     size_of,
 )
@@ -51,6 +52,7 @@ class Run:
       started: whether the folder exists; False for a trial of a sweep that has not begun.
       is_tuning: whether it only decides fields of other runs of a sweep; it is not evaluated after training.
       row: its row in tables, shared by runs that differ in the seed alone.
+      position_curves: arrays of position_curves.npz, or None.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Run:
     started: bool = True
     is_tuning: bool = False
     row: str = ""
+    position_curves: dict[str, np.ndarray] | None = None
 
     @property
     def encoding(self) -> str:
@@ -264,6 +267,7 @@ def read_run(folder: AnyPath) -> Run:
         read_evaluation(folder),
         read_similarity(folder),
         read_attention(folder),
+        position_curves=read_position_curves(folder),
     )
     return dataclasses.replace(run, failure=_failure(folder) if run.unfinished or not run.evaluated else "")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
+import numpy as np
 
 from seqpe_jax.axes import size_label
 from seqpe_jax.config import Config
@@ -214,6 +215,10 @@ class Task(abc.ABC):
 
     def sample_images(self, eval_size: Shape, split: str, count: int) -> tuple[Any, Any] | None:
         """Returns some images of a split, normalized and in 0..1; None for other data."""
+        return None
+
+    def sample_tokens(self, eval_size: Shape, split: str) -> np.ndarray | None:
+        """Returns the first text of a split, int32[n] with at most the tokens of the size; None for other data."""
         return None
 
     def no_context_baseline(self, split: str) -> dict[str, Any] | None:

@@ -168,14 +168,22 @@ def _evaluate_and_print(model: Any, evaluator: Evaluator, eval_size: Shape, spli
 
 
 def _arrays_to_draw(model: Any, eval_size: Shape, split: str) -> Arrays:
-    """Returns the similarity of position vectors, and images with the attention of the class token, at one size."""
-    similarity = model.compiled.similarity(model.params, model.task.grid_of(eval_size))
+    """Returns the arrays of the plots of a run at one size, by the name of their file; None where there are none.
+
+    These are the similarity of position vectors, what attention gains by distance, and images with the attention of the
+    class token.
+    """
+    compiled, params, grid = model.compiled, model.params, model.task.grid_of(eval_size)
+    arrays: Arrays = {
+        "similarity": compiled.similarity(params, grid),
+        "position_curves": compiled.position_curves(params, grid, model.task.sample_tokens(eval_size, split)),
+        "attention": None,
+    }
     samples = model.task.sample_images(eval_size, split, NUM_ATTENTION_IMAGES)
-    if samples is None:
-        return {"similarity": similarity, "attention": None}
-    normalized, shown = samples
-    attention = model.compiled.class_token_attention(model.params, normalized)
-    return {"similarity": similarity, "attention": {"images": shown, "attention": attention}}
+    if samples is not None:
+        normalized, shown = samples
+        arrays["attention"] = {"images": shown, "attention": compiled.class_token_attention(params, normalized)}
+    return arrays
 
 
 def check_request(settings: Config, folder: str, request: EvalRequest) -> None:

@@ -229,6 +229,10 @@ class LanguageModeling(Task):
             **self.perplexity_arguments(ctx, split),
         )
 
+    def sample_tokens(self, eval_size: tuple[int], split: str) -> np.ndarray:
+        """Returns the first window of a split, int32[length]."""
+        return np.asarray(self.source(split).tokens[: eval_size[0]], np.int32)
+
     def perplexity_arguments(self, ctx: EvalContext, split: str) -> dict[str, Any]:
         """Returns the arguments of `perplexity` that are the same for windows of every length."""
         source = self.source(split)

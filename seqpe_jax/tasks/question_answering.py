@@ -137,6 +137,11 @@ class QuestionAnswering(LanguageModeling):
         check_positions(self.config, *self.positions_at(eval_size), "evaluation length with its answer")
         self._evaluated_questions(split, length)
 
+    def sample_tokens(self, eval_size: tuple[int], split: str) -> np.ndarray:
+        """Returns the first prompt that an evaluation of a split asks at a length, int32[n]."""
+        source = self._evaluated_questions(split, eval_size[0])
+        return qa.prompt_tokens(source[0], self.tokenizer)[: eval_size[0]]
+
     def _evaluated_questions(self, split: str, length: int) -> qa.QASource:
         """Returns the questions that are asked at a length: at every length those that fit into the shortest."""
         return self.questions(split, length, min(length, *(shortest for (shortest,) in self.eval_sizes())))

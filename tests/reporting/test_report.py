@@ -345,6 +345,27 @@ def test_a_similarity_of_other_arrays_is_refused(tmp_path):
             read_study(tmp_path)
 
 
+def test_curves_by_distance_are_drawn_for_windows_and_grids(tmp_path):
+    """With a head that sees one side of a patch, and texts shorter than the window; other arrays are refused."""
+    rng, study = np.random.default_rng(0), tmp_path / "runs"
+    for name, distances in (("text", np.array([0, 1, 2, 40])), ("grid", np.ones((5, 6)) * 3)):
+        make_run(study / name, "alibi", metrics=False)
+        terms = {term: rng.normal(size=(2, 3, *distances.shape)) for term in ("logit", "gate")}
+        terms["logit"][:, 0, 1:3] = np.nan
+        terms["gate"] = np.repeat(terms["gate"][:1], 2, axis=0)
+        np.savez(study / name / "position_curves.npz", distances=distances, **terms)
+    report.write_report(study, tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Line charts by distance from the last of 41 tokens, by layer and head: added to the logit from" in page
+    assert "mean product of gates from" in page and "in 1 different layer(s) and 3 head(s)" in page
+    assert "Maps around a patch of a grid of 5 x 6" in page
+    for name in ("text", "grid"):
+        assert (tmp_path / "out" / f"position_curves_{name}.png").stat().st_size > 5000
+    np.savez(study / "text" / "position_curves.npz", distances=np.arange(3), logit=np.ones((2, 3, 4)))
+    with pytest.raises(InputError, match="position_curves.npz.*evaluate the run again"):
+        read_study(study)
+
+
 def test_a_diverged_seed_does_not_prevent_the_report(tmp_path):
     for kind, value in (("seqpe", float("nan")), ("fox", float("-inf"))):
         make_run(tmp_path / "runs" / f"{kind}-0", kind, seed=0, bits=((16, 2.0), (64, 3.0)))

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
 from seqpe_jax import config
@@ -236,6 +237,8 @@ def test_evaluate_writes_its_results(commands, trained, tmp_path):
     assert f"length 48: {report['results'][0]['tokens']} tokens, loss " in result.out
     assert "context 16: 24 targets, loss " in result.out
     assert (output.parent / "similarity.npz").is_file()
+    curves = np.load(output.parent / "position_curves.npz")
+    assert curves["logit"].shape[2:] == curves["distances"].shape and curves["distances"][-1] == 47
 
 
 def test_the_best_checkpoint_is_retained_and_read_on_request(commands, text, trained, tmp_path):

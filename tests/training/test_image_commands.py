@@ -73,7 +73,7 @@ def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_p
     assert result.code == 0, result.err
     assert "| encoding | 8 (1x) | 8x12 (1.22x) | 16 (2x) |" in result.out
     page = (tmp_path / "report" / "report.md").read_text()
-    for name in ("similarity_digits", "attention_digits", "extrapolation_sizes"):
+    for name in ("similarity_digits", "position_curves_digits", "attention_digits", "extrapolation_sizes"):
         assert f"({name}.png)" in page and (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
 
 
