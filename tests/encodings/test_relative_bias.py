@@ -57,12 +57,12 @@ OTHERS = PAPERS | {
 }
 
 
-def make(kind, grid=(64,), prefix_tokens=0, heads=HEADS, **fields):
+def make(kind, grid=(64,), prefix_tokens=0, model_heads=HEADS, **fields):
     chosen = ENCODINGS[kind]
     own = {
         name: value for name, value in (PAPERS | fields).items() if chosen.has(name) and name not in chosen.requires()
     }
-    return chosen(**own).make_module(ModelDims(LAYERS, heads * WIDTH, heads, grid, prefix_tokens))
+    return chosen(**own).make_module(ModelDims(LAYERS, model_heads * WIDTH, model_heads, grid, prefix_tokens))
 
 
 def signal_of(encoding, positions_PLA, shape, layer=1):
@@ -244,7 +244,7 @@ def test_attention_of_grids_equals_the_paper(kind, lengths):
 @pytest.mark.parametrize("heads, directed, undirected", [(6, 1, 2), (8, 1, 4), (12, 2, 4), (16, 2, 8)])
 def test_slopes_of_lookhere_are_those_of_the_authors_code(heads, directed, undirected):
     """Four heads for each slope of those with a direction; of the others two or four, or as many for each of the four."""
-    found = make("lookhere", (2, 3), directed_heads=0, heads=heads).apply(
+    found = make("lookhere", (2, 3), directed_heads=0, model_heads=heads).apply(
         {}, jnp.zeros((1, 6, 2), jnp.int32), shape=(2, 3)
     )
     others = [0.25, 0.0625, 0.015625, 0.00390625]
