@@ -4,7 +4,7 @@
     python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24,32 --output=runs/digits/evaluation.json
 
 Hardware: one CPU core; 2 to 5 minutes, evaluation included. Result: 97.5% top-1 at 8 x 8 and about 91% at 32 x 32 (three
-seeds; all encodings: docs/results.md, configs/sweeps/study_images.py).
+seeds; all encodings: docs/results.md).
 Variants: seqpe (default), seqpe_paper (the form of the paper), rotary_mixed, learned, and any other
 encoding of grids (docs/encodings.md).
 """

@@ -4,7 +4,7 @@
     python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary
 
 Hardware: two CPU cores; 4 minutes for seqpe, 2 for the others. Result, after 1000 steps: 1.97 bits per byte at 64 bytes and
-1.92 at 4096 (rotary 1.99 and 4.57, alibi 2.25 and 2.21; means of three seeds, configs/sweeps/study_text.py).
+1.92 at 4096 (rotary 1.99 and 4.57, alibi 2.25 and 2.21; means of three seeds, docs/results.md).
 Variants: seqpe (default), seqpe_paper (the form of the paper), rotary, alibi, rotary_partial (seqpe's rotary
 pairs alone), and any other encoding of texts (docs/encodings.md).
 """

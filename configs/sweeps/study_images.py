@@ -26,7 +26,7 @@ PARTS = {
     "free_head": {"encoding.position_heads": 3},
     "log_scaling": {"encoding.log_scaling": True},
 }
-# Of those that cannot take all: whole positions only, pairs of their own, or added to the tokens.
+# Of those that cannot take all: integer positions only, pairs of their own, or added to the tokens.
 TAKES = {
     "rotary_mixed": ("zoom", "free_head", "log_scaling"),
     "sinusoidal": ("zoom", "pairs", "log_scaling"),

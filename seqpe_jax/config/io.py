@@ -255,9 +255,8 @@ def _with_former_defaults(config: Config, values: dict[str, Any]) -> Config:
     """
     idle = config.encoding.without_effect()
     former = {name: value for name, (newer, value) in FORMER_MEANINGS.items() if _lacks(values, newer)}
-    former |= {
-        name: value for name, value in FORMER_DEFAULTS.items() if _lacks(values, name)
-    }  # of still older versions
+    # A run of a still older version lacks both, and has its own default.
+    former |= {name: value for name, value in FORMER_DEFAULTS.items() if _lacks(values, name)}
     for name, value in former.items():
         section, field = name.split(".")
         fields = getattr(config, section)
@@ -595,8 +594,6 @@ def mesh_from_values(config: Config, values: Mapping[str, Any]) -> Config:
     Raises:
       InputError: a field or value that no mesh has, or that has no effect, or heads that do not divide over mesh.tensor.
     """
-    if "compiler_options" in values:
-        raise InputError("mesh.compiler_options is of the training step, and this command makes none: leave it out")
     if training := TRAINING_MESH_FIELDS & values.keys():
         raise InputError(f"mesh.{min(training)} is read by training alone: leave it out")
     mesh = _build(MeshConfig, dict(values), "mesh.")

@@ -259,7 +259,7 @@ class MeshSharding:
         """Returns a parameter gathered over fsdp for use, whose gradient is sharded as the parameter is stored.
 
         The transpose of a plain constraint would constrain the gradient to the layout of use, so that all devices of fsdp
-        sum it whole and then drop all but their shard; in this layout each receives the sum of its shard alone.
+        sum all of it and then drop all but their shard; in this layout each receives the sum of its shard alone.
 
         Args:
           param: the parameter, or a cast of it.

@@ -33,7 +33,7 @@ class Collective:
       groups: device numbers in the mesh that communicate with each other; () = all devices.
       count: number of executions.
       bytes: bytes of the arrays on one device that are reduced or sent, or of the result of an all-gather.
-      hidden: it goes on in the background, while other instructions run; else the device waits for it.
+      hidden: it runs in the background, while other instructions run; else the device waits for it.
       largest: most bytes of one execution.
     """
 

@@ -90,7 +90,7 @@ def close(found: list[dict], expected: list[dict]) -> None:
 
 
 def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(commands, begin, text, tmp_path):
-    """The two read prepared tokens, each its own; the one that goes on tokenizes the text itself."""
+    """The two read prepared tokens, each its own; the one that resumes tokenizes the text itself."""
     fields = {
         "steps": 4,
         "checkpoint__every": 2,
