@@ -51,28 +51,58 @@ def load(path: str | os.PathLike, which: str = "latest", mesh: Mapping[str, Any]
       InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version, or a mesh
         that does not fit the devices or the model.
     """
-    if not as_path(path).exists():
-        raise InputError(f"{path} does not exist: {EXPECTED}")
-    run = RunDir(path)
-    model = open_model(run, which, mesh) if run.is_model() else _model_of_foreign(str(path), mesh)
+    model = open_folder(path, which, mesh)
     _ = model.params
     return model
 
 
-def _model_of_foreign(path: str, mesh_values: Mapping[str, Any] | None) -> Model:
+def open_folder(path: str | os.PathLike, which: str = "latest", mesh: Mapping[str, Any] | None = None) -> Model:
+    """Returns the model of any folder or file that `load` takes, whose parameters are read at their first use.
+
+    Args:
+      path: as `load`.
+      which: as `load`.
+      mesh: as `load`.
+
+    Raises:
+      InputError: as `load`.
+    """
+    if not as_path(path).exists():
+        raise InputError(f"{path} does not exist: {EXPECTED}")
+    run = RunDir(path)
+    return open_model(run, which, mesh) if run.is_model() else _on_mesh(_foreign_model(str(path)), mesh)
+
+
+def folder_config(path: str | os.PathLike) -> Config:
+    """Returns the config of any folder or file that `load` takes, with the tokenizer of the folder and the default mesh.
+
+    Raises:
+      InputError: as `load`.
+    """
+    if not as_path(path).exists():
+        raise InputError(f"{path} does not exist: {EXPECTED}")
+    run = RunDir(path)
+    return load_run_config(run) if run.is_model() else _foreign_model(str(path)).config
+
+
+def _foreign_model(path: str) -> Model:
     """The model of another program's checkpoint, with the tokenizer of its folder."""
     source = torch_reference.read(path)
     model = torch_model.from_checkpoint(source)
-    settings, mesh = _mesh_of(model.config, mesh_values)
-    targets = _params_on_mesh(model.model_spec, mesh)
-    stored = model.load_params
-    model = dataclasses.replace(
-        model, config=settings, mesh=mesh, load_params=lambda: jax.tree.map(_put, stored(), targets)
-    )
     if not source.tokenizer_files:
         return model
     data = dataclasses.replace(model.config.data, tokenizer=str(source.tokenizer_files[0].parent))
     return dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
+
+
+def _on_mesh(model: Model, mesh_values: Mapping[str, Any] | None) -> Model:
+    """A model whose parameters are laid out over a mesh when they are read."""
+    settings, mesh = _mesh_of(model.config, mesh_values)
+    targets = _params_on_mesh(model.model_spec, mesh)
+    stored = model.load_params
+    return dataclasses.replace(
+        model, config=settings, mesh=mesh, load_params=lambda: jax.tree.map(_put, stored(), targets)
+    )
 
 
 def is_run_or_export(path: str | os.PathLike) -> bool:

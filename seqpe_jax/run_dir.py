@@ -10,6 +10,7 @@ A folder that `export` or `convert` wrote has the same files, as far as they app
     checkpoints/STEP  the state after STEP steps, in Orbax's format, with a digests.json of its own
     metrics.jsonl     metrics by step; tensorboard/, profile/: the same for TensorBoard, traces of the profiler
     starts.jsonl      the starts of `train` in this folder: Unix time, step, processes
+    config_history.jsonl  changes of the config at a resume: Unix time, step, FIELD -> [old, new]
     stacks/           what each process was doing when the watchdog ended the run
     evaluation.json   results of `evaluate`
     owner.json        the process that trains in the folder
@@ -56,6 +57,7 @@ from seqpe_jax.files import (
 )
 from seqpe_jax.metric_registry import HIGHER_IS_BETTER
 from seqpe_jax.run_lock import OWNER_FILE, RunLock, run_lock
+from seqpe_jax.trees import flatten_dict
 
 if TYPE_CHECKING:
     from seqpe_jax.models.build import DataSpec
@@ -68,6 +70,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CLASS_NAMES_FILE = "classes.json"
 METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
+HISTORY_FILE = "config_history.jsonl"
 STACKS_DIR = "stacks"
 LOG_FILE = "log.txt"
 FAILED = "== failed: "  # start of the last line of the log of a run that failed
@@ -283,6 +286,41 @@ class RunDir:
         starts.append({"time": time.time(), "step": step, "processes": process_count})
         atomic_write(self.path / STARTS_FILE, "".join(json.dumps(start) + "\n" for start in starts))
         return starts[0]["time"]
+
+    def config_history(self) -> list[dict[str, Any]]:
+        """Returns the changes of the config at resumes, with time, step and changes: FIELD -> [old, new].
+
+        Lines that cannot be read are left out.
+        """
+        path = self.path / HISTORY_FILE
+        found = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                entry = parse_json(line)
+                if isinstance(entry["changes"], dict):
+                    found.append(entry)
+        return found
+
+    def record_change(self, step: int, settings: Config) -> None:
+        """Adds the fields that are about to change to config_history.jsonl; nothing where none does.
+
+        Args:
+          step: steps done with the config so far.
+          settings: config from there on.
+        """
+        before, now = (flatten_dict(config.to_dict(one), ".") for one in (self.config, settings))
+        names = [name for name in now if name in before and before[name] != now[name]]
+        if not names:
+            return
+        entry = {
+            "time": time.time(),
+            "step": step,
+            "changes": {name: [before[name], now[name]] for name in names},
+        }
+        lines = [*self.config_history(), json.loads(json.dumps(entry))]
+        if [line["changes"] for line in lines[-2:-1]] == [lines[-1]["changes"]]:
+            return  # a start that was killed before it wrote config.json
+        atomic_write(self.path / HISTORY_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
     def has_config(self, settings: Config) -> bool:
         """Returns whether config.json has exactly these values."""
@@ -656,6 +694,7 @@ OUTPUT_FILES = {
     CLASS_NAMES_FILE,
     METRICS_FILE,
     STARTS_FILE,
+    HISTORY_FILE,
     STACKS_DIR,
     OWNER_FILE,
     LOG_FILE,

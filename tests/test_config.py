@@ -15,8 +15,9 @@ from seqpe_jax import config
 from seqpe_jax.config import ENCODINGS, kinds_for, kinds_with
 from seqpe_jax.config.io import execute_file
 from seqpe_jax.errors import InputError
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.trees import flatten_dict, unflatten_dict
-from tests.tiny import ROOT
+from tests.tiny import ROOT, tiny_config
 
 QUICKSTART = str(ROOT / "configs" / "stdlib_lm.py")
 JITTER = {"objective.jitter.rate": 0.5, "objective.jitter.range": 1.0}
@@ -514,3 +515,27 @@ def test_every_number_has_an_upper_limit_that_its_message_names():
         target[last] = (over,) if isinstance(target[last], tuple) else type(target[last])(over)
         with pytest.raises(InputError, match=f"'{name}' must be .*(at most|below)"):
             config.from_dict(values)
+
+
+def test_the_folder_of_a_model_is_a_config(tmp_path):
+    """Options follow it, another encoding drops the fields of the one before, and no size is typed again."""
+    folder = tmp_path / "run"
+    stored = tiny_config(variant="rotary", encoding__theta=500.0, mesh__fsdp=2, eval__lengths=(16,))
+    RunDir(folder).write_config(config.to_dict(stored))
+    assert config.load(str(folder)) == dataclasses.replace(stored, mesh=config.MeshConfig())
+    assert config.load(str(folder), {"steps": 9}).steps == 9
+    alibi = config.load(f"{folder}:alibi", {"encoding.slope_scale": 2.0})
+    assert (alibi.encoding.kind, alibi.encoding.slope_scale, alibi.model) == ("alibi", 2.0, stored.model)
+    assert config.load(str(folder), {"encoding.kind": "alibi", "encoding.slope_scale": 2.0}) == alibi
+    pairs = {"encoding.rotary_pairs": 6, "objective.distillation.offsets": 8}
+    seqpe = config.load(f"{folder}:seqpe", pairs)
+    assert (seqpe.encoding.theta, seqpe.encoding.rotary_pairs) == (500.0, 6)
+    assert seqpe.objective.contrastive.weight == config.ContrastiveConfig.weight > 0
+    assert config.load(str(folder), pairs | {"encoding.kind": "seqpe"}) == seqpe
+    RunDir(folder).write_config(config.to_dict(tiny_config(variant="t5")))
+    assert config.load(str(folder)).encoding.t5_max_distance == 0
+    assert config.load(str(folder), {"data.length": 64}).encoding.t5_max_distance == 16
+    with pytest.raises(InputError, match="unknown config variant 'alibo'"):
+        config.load(f"{folder}:alibo")
+    with pytest.raises(InputError, match="no config file at"):
+        config.load(str(tmp_path / "nothing"))

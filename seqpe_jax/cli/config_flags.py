@@ -1,4 +1,4 @@
-"""The flags --config=FILE.py[:VARIANT] and --config.SECTION.FIELD=VALUE, and the help on the fields of a config.
+"""The flags --config=FILE.py[:VARIANT] or FOLDER and --config.SECTION.FIELD=VALUE, and the help on the fields of a config.
 
 The file is executed once, by `read_config`: the flags only hold its path and the values of fields, as the types of
 `seqpe_jax.config` say. (`ml_collections.config_flags` executes it while flags are parsed, and knows no field beforehand.)
@@ -37,8 +37,8 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string(
         "config",
         None,
-        "config file, FILE.py or FILE.py:VARIANT; --config.SECTION.FIELD=VALUE sets a field "
-        "(--help=SECTION, --helpfull: all fields)",
+        "config file, FILE.py or FILE.py:VARIANT, or the folder of a run, an export or a checkpoint, FOLDER or "
+        "FOLDER:ENCODING; --config.SECTION.FIELD=VALUE sets a field (--help=SECTION, --helpfull: all fields)",
         flag_values=flag_values,
     )
     for name, kind in config.field_types().items():
@@ -62,7 +62,7 @@ def _flag_of_field(name: str, kind: Any) -> flags.Flag:
 
 
 def config_path(flag_values: flags.FlagValues = flags.FLAGS) -> str:
-    """Returns the config file as the command line names it, with its variant."""
+    """Returns the config file or folder as the command line names it, with its variant."""
     return flag_values["config"].value
 
 
@@ -78,7 +78,7 @@ def config_overrides(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, A
 
 
 def read_config(flag_values: flags.FlagValues = flags.FLAGS) -> config.Config:
-    """Executes the config file once, applies the fields of the command line, and validates the result once.
+    """Reads the config file or folder once, applies the fields of the command line, and validates the result once.
 
     Raises:
       InputError: see `config.load`; or a field of the command line is unused.

@@ -3,8 +3,10 @@
 python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
 python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
 python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/tuned --init-from=runs/first
+python -m seqpe_jax.train --config=runs/first:alibi --workdir=runs/other --init-from=runs/first
 
 A finished run is continued with more steps: --config.steps=3000, and --extend=true where the schedule depends on them.
+--change=optimizer.learning_rate,optimizer.schedule lets a resumed run change these fields, which its folder records.
 Exit code 75: after SIGTERM, SIGINT or SIGHUP; the state is saved, and the same command resumes. 1: a failure; 2: bad input.
 On several hosts the same command runs on each, with a workdir that they share (launch/: Slurm, GKE, TPU VMs).
 """
@@ -22,6 +24,11 @@ _INIT_FROM = common.define_path("init-from", "run or converted checkpoint whose 
 _EXTEND = flags.DEFINE_bool(
     "extend", False, "allow more steps although the learning rate of the steps so far depends on their number"
 )
+_CHANGE = flags.DEFINE_list(
+    "change",
+    [],
+    "fields that a resumed run may change, such as optimizer.learning_rate; their values are given as ever",
+)
 common.define_process_flags()
 
 
@@ -34,7 +41,7 @@ def main() -> None:
     settings, workdir = common.start_processes(_settings), _WORKDIR.value
     processes.exit_on_signal()
     processes.enable_compilation_cache(workdir)
-    train_and_evaluate(settings, workdir, extend=_EXTEND.value)
+    train_and_evaluate(settings, workdir, extend=_EXTEND.value, change=tuple(_CHANGE.value))
 
 
 def _settings() -> Config:

@@ -1,15 +1,18 @@
 """Reading configs: config files with overrides, and stored configs of this and older versions, become a `Config`.
 
 A config file defines get_config(variant=None), which returns a ConfigDict: `defaults()` plus assignments. `load` executes
-it once, applies overrides, and validates the result once. Only this module and config files know ConfigDicts.
+it once, applies overrides, and validates the result once. Only this module and config files know ConfigDicts. The folder of
+a model (a run, an export, a checkpoint of another program) serves as a config file: it has the config of that model.
 """
 
 import dataclasses
 import functools
+import importlib
 import importlib.machinery
 import importlib.util
 import math
 import pathlib
+import re
 import traceback
 import types
 import typing
@@ -24,7 +27,7 @@ from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfi
 from seqpe_jax.config.validate import check, check_heads, check_overrides_used
 from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError, suggest
-from seqpe_jax.files import expand_path
+from seqpe_jax.files import as_path, expand_path
 from seqpe_jax.trees import flatten_dict
 
 PACKAGE = pathlib.Path(__file__).parents[1]
@@ -289,13 +292,14 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
     """Returns the validated config of a config file, which is executed once, with overrides.
 
     Args:
-      path: FILE.py or FILE.py:VARIANT.
+      path: FILE.py or FILE.py:VARIANT; or FOLDER or FOLDER:VARIANT of a model, where the variant is another encoding.
       overrides: values by dotted field names, such as {"model.layers": 2}.
 
     Raises:
       InputError: there is no such file, variant or field, or values do not fit.
     """
-    return from_user_values(_overridden(_execute_config(path), overrides or {}), overrides or {})
+    overrides = overrides or {}
+    return from_user_values(_overridden(_read_config(path, overrides), overrides), overrides)
 
 
 def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = None) -> Config:
@@ -310,10 +314,64 @@ def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = Non
       InputError: see `load`.
     """
     overrides = overrides or {}
-    values = ml_collections.ConfigDict(_overridden(_execute_config(f"{path}:{variant}"), overrides))
+    values = ml_collections.ConfigDict(_overridden(_read_config(f"{path}:{variant}", overrides), overrides))
     chosen = ENCODINGS[values.encoding.kind]
     own = [name for name in overrides if name.partition(".")[0] != "encoding" or chosen.has(name.partition(".")[2])]
     return parse(with_encoding(values, chosen().kind), own)
+
+
+def _read_config(path: str, overrides: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Returns the content of a config file, or of the folder of a model. Raises: InputError."""
+    folder, variant = split_folder(path)
+    return _folder_config(folder, variant, overrides) if folder else _execute_config(path)
+
+
+def split_folder(path: str) -> tuple[str, str]:
+    """Returns (folder, variant) of a config that is a folder, ("", "") for a config file."""
+    if re.search(r"\.py(:|$)", path):
+        return "", ""
+    name, _, variant = path.rpartition(":")
+    for folder, own in ((path, ""), (name if "/" not in variant else "", variant)):
+        if folder and as_path(expand_path(folder)).is_dir():
+            return expand_path(folder), own
+    return "", ""
+
+
+def _folder_config(folder: str, variant: str, overrides: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Returns the config of a model's folder, as a config file would return it.
+
+    With another encoding, the fields of the one before that it does not have are dropped; losses on position vectors begin at
+    their defaults where only the new encoding has such vectors. Where the training length or size is overridden, automatic
+    lengths of the encoding stay those of the folder's model.
+
+    Args:
+      folder: folder of a run, an export, or another program's checkpoint.
+      variant: another encoding; "" = that of the overrides, or else the folder's.
+      overrides: values by dotted field.
+
+    Raises:
+      InputError: it is no such folder, or there is no such encoding.
+    """
+    # `loading` lies above this package; it reads the folders of other programs too.
+    stored: Config = reset_unused(importlib.import_module("seqpe_jax.loading").folder_config(folder))
+    if {"data.length", "data.size", "model.patch"} & overrides.keys():
+        stored = with_resolved_lengths(stored)
+    values = to_dict(stored)
+    values["encoding"] = all_fields() | values["encoding"]
+    config = ml_collections.ConfigDict(values)
+    kind = variant or overrides.get("encoding.kind", stored.encoding.kind)
+    if kind == stored.encoding.kind:
+        return config
+    for name, value in overrides.items():
+        section, _, field = name.partition(".")
+        if section == "encoding" and field in config.encoding and _fits(config.encoding[field], value):
+            config.encoding[field] = value
+    had_vectors = stored.encoding.HAS_VECTORS
+    with_encoding(config, kind)
+    if ENCODINGS[config.encoding.kind].HAS_VECTORS and not had_vectors:
+        for name, loss in VECTOR_LOSSES.items():
+            config.objective[name] = ml_collections.ConfigDict(dataclasses.asdict(loss()))
+    return config
 
 
 def _execute_config(path: str) -> ml_collections.ConfigDict:

@@ -237,6 +237,14 @@ class OptimizerConfig:
     """AdamW; the gradients of the model and of the digit encoder are clipped separately."""
 
     learning_rate: float = _field(5e-5, "peak learning rate", low=1e-12, high=100.0, once=True)
+    encoder_learning_rate: float = _field(
+        0.0,
+        "peak learning rate of the position encoding's parameters, gates included, under the same schedule; 0 = "
+        "optimizer.learning_rate",
+        zero=True,
+        low=1e-12,
+        high=100.0,
+    )
     schedule: Literal["linear", "cosine", "constant", "wsd"] = _field(
         "linear", "decay after warm-up; wsd: stable, then a linear decay at the end"
     )
@@ -254,6 +262,12 @@ class OptimizerConfig:
     )
     encoder_weight_decay: float = _field(0.0, "of the digit encoder's matrices", low=0.0, high=100.0)
     clip: float = _field(5.0, "largest global norm of gradients; 0 = no clipping", zero=True, low=1e-6, high=1e6)
+    freeze: tuple[str, ...] = _field(
+        (), "patterns of the names of parameters that are not trained, such as model/*; () = none"
+    )
+    freeze_steps: int = _field(
+        0, "first steps in which optimizer.freeze holds; 0 = all, without moments", **limits.OPTIONAL_STEPS
+    )
     accumulate: int = _field(1, "micro-batches of a batch, whose gradients are averaged", **limits.BATCH)
     non_finite: Literal["stop", "skip"] = _field(
         "stop", "at a loss or gradient that is not finite: stop the run, or skip the update"

@@ -419,6 +419,16 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.warmup_steps={optimizer.warmup_steps} and optimizer.decay_steps={optimizer.decay_steps} are more "
             f"than steps={config.steps}: lower one of them"
         )
+    if optimizer.freeze_steps and not optimizer.freeze:
+        raise InputError(
+            f"optimizer.freeze_steps={optimizer.freeze_steps} is read with optimizer.freeze alone: set that too, such as "
+            "model/*"
+        )
+    if optimizer.freeze_steps >= config.steps:
+        raise InputError(
+            f"optimizer.freeze_steps={optimizer.freeze_steps} is not less than steps={config.steps}: lower it, or leave it at "
+            "0, which freezes in all steps"
+        )
     if optimizer.warmup_steps > config.steps:
         raise InputError(f"optimizer.warmup_steps={optimizer.warmup_steps} is beyond steps={config.steps}")
 

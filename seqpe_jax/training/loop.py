@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 
@@ -50,13 +50,17 @@ from seqpe_jax.training.trainer import Trainer, best_metric
 from seqpe_jax.training.watchdog import Watchdog
 
 
-def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bool = False) -> None:
+def train_and_evaluate(
+    config: Config, workdir: str | os.PathLike, *, extend: bool = False, change: Collection[str] = ()
+) -> None:
     """Trains a run until `config.steps`; resumes it if its folder has a checkpoint.
 
     Args:
       config: config of the run.
       workdir: folder of the run, local or in a bucket; new, empty, or of a run with the same config.
       extend: allow more steps although the learning rate so far depends on their number.
+      change: dotted names of fields that a resumed run may change, such as "optimizer.learning_rate"
+        (`resume.CHANGEABLE`); config_history.jsonl records them.
 
     Raises:
       InputError: config, data, folder or checkpoints do not fit; nothing is written then.
@@ -70,7 +74,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
     check_together(run)
     # None: no checkpoint. The folder as process 0 sees it: a network file system may show another host less.
     saved = processes.from_main("saved step", run.latest_step() if processes.is_main_process() else None)
-    check_same_run(config, run, saved, extend)
+    changed = check_same_run(config, run, saved, extend, change)
     trainer = make_trainer(config, run, saved)
     _check_data(trainer, run, saved)
     batches = trainer.batches(saved or 0)
@@ -90,6 +94,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
             raise InputError(f"another process has just trained in {run}: run the command again to resume")
         planned_steps = run.config.steps if saved is not None else trainer.config.steps
         first_start = _write_run_files(trainer, run, saved)
+        if changed:
+            _print(f"  changed from step {saved} on: {'; '.join(changed)}")
         if planned_steps != trainer.config.steps:
             _print(f"  planned for {planned_steps} steps, training to {trainer.config.steps}")
         pending_eval = processes.broadcast_from_main(
@@ -357,6 +363,8 @@ def _write_run_files(trainer: Trainer, run: RunDir, saved: int | None) -> float:
         if not stored and saved is not None:
             _print("  an older version stored no fingerprints of the data: from now on they must stay the same")
         prints = stored or trainer.task.available_fingerprints()
+        if saved is not None:
+            run.record_change(saved, trainer.config)
         run.write_files(trainer.config, trainer.task.data_spec, prints, trainer.task.save_assets)
         first_start = run.record_start(saved or 0, jax.process_count(), anew=anew)
     processes.barrier()

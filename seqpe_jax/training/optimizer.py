@@ -1,12 +1,24 @@
-"""AdamW with learning-rate schedules; the position encoder and the rest of the model are clipped and decayed separately."""
+"""AdamW with learning-rate schedules; the position encoder and the rest of the model are clipped and decayed separately.
 
+Parameters can be frozen, and those of the position encoding can have a learning rate of their own.
+"""
+
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from seqpe_jax.errors import InputError
+
 PARAM_GROUPS = ("model", "encoder")
+FROZEN = "frozen_"  # before the name of a group
+BLOCK_PARTS = (
+    "fading",
+    "parabola_shape",
+)  # what an encoding adds to each block of the model: gates, shapes of parabolas
 
 
 def param_groups(params: Any) -> Any:
@@ -15,8 +27,61 @@ def param_groups(params: Any) -> Any:
 
 
 def _param_group(path: tuple[Any, ...]) -> str:
-    names = [getattr(entry, "key", str(entry)) for entry in path]
-    return "encoder" if names[:2] == ["encoding", "encoder"] else "model"
+    return "encoder" if _names(path)[:2] == ["encoding", "encoder"] else "model"
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [getattr(entry, "key", str(entry)) for entry in path]
+
+
+def is_of_encoding(name: str) -> bool:
+    """Returns whether a parameter, such as "model/blocks_0/fading/kernel", belongs to the position encoding."""
+    parts = name.split("/")
+    return parts[0] == "encoding" or any(part in BLOCK_PARTS for part in parts)
+
+
+def is_frozen(name: str, patterns: tuple[str, ...]) -> bool:
+    """Returns whether a parameter has a name that one of the patterns matches; * matches any text, / as well."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_selected_params(settings: Any, params: Any) -> None:
+    """Refuses a field that selects no parameter.
+
+    Args:
+      settings: `optimizer` section of the config.
+      params: the parameters, or their shapes.
+
+    Raises:
+      InputError: a pattern of `freeze` matches none, all are frozen, or `encoder_learning_rate` is of none that train.
+    """
+    names = ["/".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in settings.freeze:
+        if not any(is_frozen(name, (pattern,)) for name in names):
+            raise InputError(
+                f"optimizer.freeze: '{pattern}' matches no parameter; their names are {', '.join(names[:3])}, ..., "
+                f"{names[-1]}: write a pattern of these, such as model/*"
+            )
+    trained = [name for name in names if settings.freeze_steps or not is_frozen(name, settings.freeze)]
+    if not trained or all(is_frozen(name, settings.freeze) for name in names):
+        raise InputError(
+            f"optimizer.freeze={','.join(settings.freeze)} freezes all {len(names)} arrays of the model: leave some to train"
+        )
+    if settings.encoder_learning_rate and not any(map(is_of_encoding, trained)):
+        raise InputError(
+            f"optimizer.encoder_learning_rate={settings.encoder_learning_rate} is for the parameters of the position encoding, "
+            "and this model trains none: leave it out, or choose an encoding with parameters"
+        )
+
+
+def stop_frozen(settings: Any, params: Any) -> Any:
+    """Returns parameters of which those that are always frozen get no gradient, so that none is computed for them."""
+    if not settings.freeze or settings.freeze_steps:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.lax.stop_gradient(leaf) if is_frozen("/".join(_names(path)), settings.freeze) else leaf,
+        params,
+    )
 
 
 def decay_mask(params: Any) -> Any:
@@ -64,6 +129,10 @@ def decay_steps(settings: Any, steps: int) -> int:
 def make_optimizer(settings: Any, steps: int) -> optax.GradientTransformation:
     """Returns AdamW over both parameter groups, each with its own gradient clipping and weight decay.
 
+    Frozen parameters are groups of their own, so that their gradients take no part in the clipping of others. Those that are
+    frozen in all steps have no state; those that are frozen at first have moments of all steps, which are ready when their
+    updates begin.
+
     Args:
       settings: `optimizer` section of the config.
       steps: length of the run, at which the schedule ends.
@@ -84,7 +153,36 @@ def make_optimizer(settings: Any, steps: int) -> optax.GradientTransformation:
         return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
 
     transforms = {"model": chain(settings.weight_decay), "encoder": chain(settings.encoder_weight_decay)}
-    return optax.multi_transform(transforms, param_groups)
+    if settings.freeze_steps:
+        begin = optax.scale_by_schedule(lambda count: jnp.where(count < settings.freeze_steps, 0.0, 1.0))
+        transforms |= {FROZEN + group: optax.chain(transforms[group], begin) for group in PARAM_GROUPS}
+    elif settings.freeze:
+        transforms |= {FROZEN + group: optax.set_to_zero() for group in PARAM_GROUPS}
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        frozen = is_frozen("/".join(_names(path)), settings.freeze)
+        return FROZEN * frozen + _param_group(path)
+
+    optimizer = optax.multi_transform(transforms, lambda params: jax.tree_util.tree_map_with_path(label, params))
+    if not settings.encoder_learning_rate:
+        return optimizer
+    return _with_encoding_factor(optimizer, settings.encoder_learning_rate / settings.learning_rate)
+
+
+def _with_encoding_factor(optimizer: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """Returns an optimizer whose updates of the position encoding are multiplied by a factor, as by its learning rate.
+
+    It has the state of the optimizer alone, so that a run may change the factor when it resumes.
+    """
+
+    def scale(path: tuple[Any, ...], update: Any) -> Any:
+        return update * factor if is_of_encoding("/".join(_names(path))) else update
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(gradients, state, params)
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def projection(bounds: Mapping[str, tuple[float, float]]) -> Callable[[Any], Any]:

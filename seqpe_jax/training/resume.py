@@ -1,8 +1,11 @@
 """Checks before a run starts or resumes in a folder: is it the same run, is there room, are saves fast enough."""
 
 import dataclasses
+import fnmatch
 import os
 import time
+from collections.abc import Collection
+from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.checksums import checksums_of
@@ -17,6 +20,7 @@ from seqpe_jax.run_dir import (
     DIGESTS_FILE,
     EXPORT_SECTION,
     FINGERPRINTS_FILE,
+    HISTORY_FILE,
     LOG_FILE,
     OWNER_FILE,
     TOKENIZER_FILE,
@@ -24,6 +28,49 @@ from seqpe_jax.run_dir import (
 )
 from seqpe_jax.training.optimizer import decay_steps
 
+# Fields that `--change` may change when a run resumes: the saved state (step, parameters, moments) means the same with each
+# of their values. The others either decide what the state holds, or which examples its steps have seen.
+CHANGEABLE = (
+    *(
+        f"optimizer.{name}"
+        for name in (
+            "learning_rate",
+            "encoder_learning_rate",
+            "schedule",
+            "decay_steps",
+            "warmup_steps",
+            "end_learning_rate",
+            "b1",
+            "b2",
+            "epsilon",
+            "weight_decay",
+            "encoder_weight_decay",
+            "clip",
+            "accumulate",
+            "freeze_steps",
+            "non_finite",
+            "skips",
+        )
+    ),
+    "objective.*",
+    "data.augment.*",
+    "data.prompt_weight",
+    "data.question_weight",
+    "model.dropout",
+    "model.attention_dropout",
+    "model.embedding_dropout",
+    "model.drop_path",
+    "model.remat",
+    "model.attention_kind",
+    "model.attention_block",
+    "model.kernel_block_*",
+    "encoding.dropout",
+    "encoding.attention_dropout",
+    "precision.compute",
+    "precision.matmul",
+)
+# Of these, fields that decide whether the state has some arrays: they must stay 0, or above 0.
+SWITCHES = ("optimizer.clip", "optimizer.freeze_steps")
 PREEMPTION_SECONDS = 30.0  # between the notice that a machine is taken away and its end, on most clouds
 PROBE_BYTES = 64 * 2**20
 
@@ -105,7 +152,31 @@ def save_seconds(folder: AnyPath, size: int) -> tuple[float, float]:
         path.unlink(missing_ok=True)
 
 
-def check_same_run(settings: Config, run: RunDir, step: int | None, extend: bool = False) -> None:
+def check_change(change: Collection[str]) -> None:
+    """Refuses fields that cannot change when a run resumes.
+
+    Args:
+      change: dotted names of fields.
+
+    Raises:
+      InputError: names one, with the reason.
+    """
+    for name in change:
+        if name not in config.field_names():
+            raise InputError(f"--change: {config.unknown_field_message(name)}")
+        if name == "steps":
+            raise InputError("--change=steps: --extend=true lets a run take more steps, whatever its schedule")
+        free = name.partition(".")[0] in config.RESUME_CHANGEABLE
+        if not free and not any(fnmatch.fnmatchcase(name, pattern) for pattern in CHANGEABLE):
+            raise InputError(
+                f"--change={name}: what the run has saved depends on this field, so that it cannot change when the run resumes: "
+                "leave it as it was, or begin a new run with its parameters (a new --workdir, and --init-from)"
+            )
+
+
+def check_same_run(
+    settings: Config, run: RunDir, step: int | None, extend: bool = False, change: Collection[str] = ()
+) -> list[str]:
     """Refuses a folder of another run. A run that has saved no step yet starts anew, with any config.
 
     Fields that change no result may differ (`config.RESUME_CHANGEABLE`), and a run may get more steps.
@@ -115,16 +186,21 @@ def check_same_run(settings: Config, run: RunDir, step: int | None, extend: bool
       run: the run's folder, which need not exist.
       step: the newest saved one, or None.
       extend: allows more steps although the learning rate so far depended on their number.
+      change: dotted names of fields that may differ too (`check_change`).
+
+    Returns:
+      `field: old -> new` of each of these that differs.
 
     Raises:
       InputError: names what the folder holds, or the fields that differ.
     """
+    check_change(change)
     check_utf8_name(run.path.absolute(), "a folder with checkpoints (--workdir)")
     if not run.exists:
         early = (LOG_FILE, OWNER_FILE, COMPILED_DIR)  # written before config.json
         if run.path.exists() and (not run.path.is_dir() or any(path.name not in early for path in run.path.iterdir())):
             raise InputError(f"workdir {run} holds other files but no config.json: choose a new or empty folder")
-        return
+        return []
     values = run.config_values
     if EXPORT_SECTION in values or not {"data", "model", "encoding"} <= values.keys():
         content = "an export" if EXPORT_SECTION in values else "the config.json of something else"
@@ -135,25 +211,41 @@ def check_same_run(settings: Config, run: RunDir, step: int | None, extend: bool
                 f"workdir {run} has metrics up to step {lines[-1]['step']}, but its folder '{CHECKPOINTS_DIR}' is gone: "
                 "put it back, or choose another --workdir"
             )
-        return
+        return []
     # An older run's file lacks newer fields, which have their defaults, and may hold values that nothing reads.
     before, now = (with_random_bits(one, random_bits_of(run)) for one in (run.config, settings))
-    if lines := config.difference(_compared_values(before), _compared_values(now)):
+    lines = config.difference(_compared_values(before, change), _compared_values(now, change))
+    if others := [line for line in lines if line.partition(":")[0] not in change]:
+        names = [line.partition(":")[0] for line in others]
+        may_change = all(any(fnmatch.fnmatchcase(name, pattern) for pattern in CHANGEABLE) for name in names)
+        hint = f", or --change={','.join(names)} to change them from step {step} on" if may_change else ""
         raise InputError(
-            f"workdir {run} belongs to a run with another config; it differs in {'; '.join(lines)}. Use a new --workdir, "
-            "or the same fields"
+            f"workdir {run} belongs to a run with another config; it differs in {'; '.join(others)}. Use a new --workdir, "
+            f"or the same fields{hint}"
         )
-    _check_steps(before, settings, run, step, extend)
+    for name in SWITCHES:
+        if name in change and bool(_value(before, name)) != bool(_value(now, name)):
+            raise InputError(
+                f"--change={name}: {_value(before, name)} -> {_value(now, name)} would add or remove arrays of the saved "
+                "state: give a value above 0 where the run began with one, and 0 where it did not"
+            )
+    _check_steps(before, settings, run, step, extend, change)
     if settings.init_from and settings.init_from != before.init_from:
         began = f"began with init_from={before.init_from}" if before.init_from else "began with fresh parameters"
         raise InputError(
             f"the run of {run} is at step {step} and {began}: init_from={settings.init_from} is read only when a run "
             "begins. Leave it out to resume, or choose a new --workdir"
         )
+    return lines
 
 
-def _compared_values(settings: Config) -> dict:
-    """The fields of a config that must be equal to resume."""
+def _value(settings: Config, name: str) -> Any:
+    section, _, field = name.partition(".")
+    return getattr(getattr(settings, section), field)
+
+
+def _compared_values(settings: Config, change: Collection[str] = ()) -> dict:
+    """The fields of a config that must be equal to resume, and those that change."""
     values = config.to_dict(config.reset_unused(settings))
     for section in (*config.RESUME_CHANGEABLE, "steps"):
         values.pop(section, None)
@@ -161,11 +253,14 @@ def _compared_values(settings: Config) -> dict:
         values["data"].pop(name)
     values["data"]["bit_depth"] = values["data"]["bit_depth"] or 16  # as files were read before the field existed
     for name in ("decay_steps", "non_finite", "skips"):  # `_check_steps` compares the first; none changes past steps
-        values["optimizer"].pop(name)
+        if f"optimizer.{name}" not in change:
+            values["optimizer"].pop(name)
     return values
 
 
-def _check_steps(before: Config, settings: Config, run: RunDir, step: int, extend: bool) -> None:
+def _check_steps(
+    before: Config, settings: Config, run: RunDir, step: int, extend: bool, change: Collection[str]
+) -> None:
     """Refuses a number of steps that the run is past, or under which it would have had another learning rate so far."""
     if settings.steps < step:
         raise InputError(
@@ -173,7 +268,9 @@ def _check_steps(before: Config, settings: Config, run: RunDir, step: int, exten
         )
     if settings.optimizer.schedule == "wsd":
         same = all(step <= one.steps - decay_steps(one.optimizer, one.steps) for one in (before, settings))
-        same = same or (before.steps, before.optimizer) == (settings.steps, settings.optimizer)
+        decays = [one.optimizer.decay_steps for one in (before, settings)]
+        decay_may_differ = {"optimizer.decay_steps", "optimizer.schedule"} & set(change)
+        same = same or before.steps == settings.steps and (decays[0] == decays[1] or bool(decay_may_differ))
     else:
         same = settings.steps == before.steps or settings.optimizer.schedule == "constant"
     if not (same or extend):
@@ -187,6 +284,6 @@ def _check_steps(before: Config, settings: Config, run: RunDir, step: int, exten
 def clear_assets(run: RunDir) -> None:
     """Removes the small files of a start that saved nothing, whose tokenizer or class names would count as the new run's."""
     assets = {FINGERPRINTS_FILE, TOKENIZER_FILE, CLASS_NAMES_FILE, *EOS_FILES} - {CONFIG_FILE}
-    for name in (DIGESTS_FILE, *assets):  # the list of the others first
+    for name in (DIGESTS_FILE, *assets, HISTORY_FILE):  # the list of the others first
         (run.path / name).unlink(missing_ok=True)
     run.reload()

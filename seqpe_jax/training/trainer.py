@@ -86,6 +86,7 @@ class Trainer:
         model_spec = ModelSpec.of(config, task.data_spec)
         train_loss = TrainLoss(model_spec, task.task_loss, config.objective, config.precision.random_bits)
         _check_attention(config, model_spec, layout.MeshSharding(mesh))
+        optimizers.check_selected_params(config.optimizer, model_spec.shapes)
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
         init_fn = _make_init_fn(model_spec, optimizer, config.seed)
         abstract_state, unsharded_dims = layout.abstract_state_with_shardings(mesh, jax.eval_shape(init_fn))
@@ -126,8 +127,12 @@ class Trainer:
 
     def jit_train_step(self) -> TrainStep:
         """Returns the jitted train step with its shardings; it donates the state."""
+
+        def loss(params: Params, *arguments: Any) -> Any:
+            return self.train_loss.loss(optimizers.stop_frozen(self.config.optimizer, params), *arguments)
+
         step = make_train_step(
-            with_mesh(self.mesh, self.train_loss.loss),
+            with_mesh(self.mesh, loss),
             self.optimizer,
             optimizers.learning_rate(self.config.optimizer, self.config.steps),
             accumulate=self.config.optimizer.accumulate,

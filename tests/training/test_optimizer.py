@@ -8,8 +8,15 @@ import pytest
 
 from seqpe_jax.config import OptimizerConfig
 from seqpe_jax.distributed.sharding import make_mesh, replicated
+from seqpe_jax.errors import InputError
 from seqpe_jax.training.checkpoint import Checkpointer
-from seqpe_jax.training.optimizer import decay_steps, learning_rate, make_optimizer
+from seqpe_jax.training.optimizer import (
+    check_selected_params,
+    decay_steps,
+    learning_rate,
+    make_optimizer,
+    stop_frozen,
+)
 
 
 @pytest.mark.parametrize("schedule,middle,end", [("linear", 0.5, 0.1), ("cosine", 0.55, 0.1), ("constant", 1.0, 1.0)])
@@ -65,6 +72,63 @@ def test_weight_decay_spares_biases_embeddings_and_the_encoder():
     assert float(updates["model"]["dense"]["kernel"][0, 0]) == pytest.approx(-0.05)
     for leaf in (updates["model"]["token_embedding"]["embedding"], updates["encoding"]["encoder"]["kernel"]):
         assert float(jnp.abs(leaf).max()) == 0.0
+
+
+def updated(settings, steps=3):
+    """The optimizer state, and the parameters after each step under gradients of 1."""
+    params, found = tree(*[1.0] * 5), []
+    optimizer = make_optimizer(OptimizerConfig(schedule="constant", clip=0.0, **settings), 10)
+    state = optimizer.init(params)
+    for _ in range(steps):
+        gradients = jax.grad(lambda given: optax.tree.sum(stop_frozen(OptimizerConfig(**settings), given)))(params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(params)
+    return state, found
+
+
+def test_frozen_parameters_stay_and_have_no_state():
+    settings = {"learning_rate": 0.1, "weight_decay": 0.5, "freeze": ("model/*", "encoding/encoder/bias")}
+    state, steps = updated(settings)
+    first, last = tree(*[1.0] * 5), steps[-1]
+    jax.tree.map(np.testing.assert_array_equal, last["model"], first["model"])
+    np.testing.assert_array_equal(last["encoding"]["encoder"]["bias"], 1.0)
+    np.testing.assert_allclose(last["encoding"]["encoder"]["kernel"], 0.7, rtol=1e-5)
+    sizes = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sizes == [4, 4] * 2, "moments of the encoder's kernel and of the qk map alone"
+
+
+def test_parameters_frozen_at_first_begin_with_the_moments_of_all_steps():
+    """Their first update has the size of the learning rate, as in a run without them frozen."""
+    steps = updated({"learning_rate": 0.1, "freeze": ("model/dense/*",), "freeze_steps": 2})[1]
+    kernels = [float(params["model"]["dense"]["kernel"][0, 0]) for params in steps]
+    others = [float(params["encoding"]["qk_map"]["kernel"][0, 0]) for params in steps]
+    assert kernels == pytest.approx([1.0, 1.0, 0.9], rel=1e-5) and others == pytest.approx([0.9, 0.8, 0.7], rel=1e-5)
+
+
+def test_the_encoding_has_a_learning_rate_of_its_own():
+    settings = {"learning_rate": 0.1, "encoder_learning_rate": 0.01}
+    state, steps = updated(settings, 1)
+    for part, expected in (("encoding", 0.99), ("model", 0.9)):
+        jax.tree.map(lambda leaf, value=expected: np.testing.assert_allclose(leaf, value, rtol=1e-5), steps[0][part])
+    plain = jax.tree.structure(updated({"learning_rate": 0.1}, 1)[0])
+    assert jax.tree.structure(state) == plain, "a run may change it when it resumes"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"freeze": ("model/*", "modl/*")},
+            "optimizer.freeze: 'modl/\\*' matches no parameter; their names are encoding/",
+        ),
+        ({"freeze": ("*",)}, "freezes all 5 arrays of the model"),
+        ({"freeze": ("enc*",), "encoder_learning_rate": 0.1}, "this model trains none"),
+    ],
+)
+def test_a_field_that_selects_no_parameter_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        check_selected_params(OptimizerConfig(**settings), tree(*[1.0] * 5))
 
 
 def test_the_mean_of_gradients_in_bfloat16(tmp_path):

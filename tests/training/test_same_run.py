@@ -171,6 +171,38 @@ def test_more_steps(tmp_path, schedule, fields, step, refused):
         check_same_run(settings, RunDir(tmp_path), step, extend=True)
 
 
+@pytest.mark.parametrize(
+    "fields, change, refused",
+    [
+        ({"optimizer__learning_rate": 1e-3, "objective__contrastive__weight": 0.5}, ("optimizer.learning_rate",), ""),
+        ({"optimizer__schedule": "constant"}, ("optimizer.schedule",), ""),
+        ({"model__width": 48}, ("model.width",), "--change=model.width: what the run has saved depends on this"),
+        ({}, ("model.widht",), "--change: unknown config field 'model.widht'"),
+        ({}, ("steps",), "--change=steps: --extend=true"),
+        ({"optimizer__clip": 0.0}, ("optimizer.clip",), "optimizer.clip: 1.0 -> 0.0 would add or remove arrays"),
+    ],
+)
+def test_a_field_may_change(tmp_path, fields, change, refused):
+    written(tmp_path, tiny_config())
+    settings, run = tiny_config(**fields), RunDir(tmp_path)
+    if refused:
+        with pytest.raises(InputError, match=refused):
+            check_same_run(settings, run, 2, change=change)
+        return
+    names = [name.replace("__", ".") for name in fields]
+    with pytest.raises(InputError, match=f"or --change=.*{names[0]}.* to change them from step 2 on"):
+        check_same_run(settings, run, 2)
+    lines = check_same_run(settings, run, 2, change=names)
+    assert sorted(line.partition(":")[0] for line in lines) == sorted(names)
+    run.record_change(2, settings)
+    run.record_change(2, settings)  # a start that was killed before it wrote config.json
+    [entry] = run.config_history()
+    assert entry["step"] == 2 and sorted(entry["changes"]) == sorted(names)
+    run.write_config(config.to_dict(settings))
+    run.record_change(4, settings)
+    assert len(run.config_history()) == 1 and check_same_run(settings, run, 4, change=names) == []
+
+
 @pytest.mark.slow
 def test_a_run_extended_before_its_decay_is_one_that_was_that_long_from_the_beginning(tmp_path, monkeypatch):
     """Bit for bit: the order of the data, sampled positions, masks of the device's own bits and the learning rates go on."""
