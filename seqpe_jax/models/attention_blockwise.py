@@ -3,7 +3,9 @@
 Forward: the online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867) keeps, for each query, the running maximum m of the
 logits, the normalizer l and the unnormalized output acc, one block of keys after another. Backward: logits are computed
 again from the saved log-sum-exp L = m + log l (FlashAttention-2, Dao 2023, arXiv 2307.08691). Memory grows linearly with
-the length, and blocks that the causal mask hides are skipped.
+the length, and blocks of which the causal mask and the window hide all keys are skipped.
+
+Where H query heads share G key heads, the H / G queries of a token that read one key head are rows of one product with it.
 """
 
 import functools
@@ -20,7 +22,10 @@ from seqpe_jax.models.attention_inputs import (
     AttentionInputs,
     add_position_sets,
     apply_relative_bias,
+    cap_logits,
+    cap_slope,
     dropout_mask,
+    is_masked,
     sum_over_sets,
 )
 
@@ -131,6 +136,18 @@ def _einsum(subscripts: str, *arrays: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, *arrays, preferred_element_type=jnp.float32)
 
 
+def _by_group(array_BHLX: jax.Array, groups: int) -> jax.Array:
+    """Returns [B, G, H / G * L, X]: the rows of all query heads that read one key head, in that order; nothing moves."""
+    batch, heads, length, width = array_BHLX.shape
+    return array_BHLX if heads == groups else array_BHLX.reshape(batch, groups, heads // groups * length, width)
+
+
+def _by_head(array_BGRX: jax.Array, heads: int) -> jax.Array:
+    """Returns [B, H, L, X]: the inverse of `_by_group`."""
+    batch, groups, rows, width = array_BGRX.shape
+    return array_BGRX if heads == groups else array_BGRX.reshape(batch, heads, rows * groups // heads, width)
+
+
 def _exact_einsum(subscripts: str, *arrays: jax.Array) -> jax.Array:
     """Returns a product of float32 arrays at full precision."""
     return jnp.einsum(subscripts, *arrays, precision=jax.lax.Precision.HIGHEST)
@@ -141,7 +158,7 @@ class _Tile:
 
     Attributes:
       query: [B, H, block, K], the query block.
-      key, value: [B, H, block, K] and [B, H, block, V], the key block.
+      key, value: [B, G, block, K] and [B, G, block, V], the key block.
       position_query_key: position queries and keys of these blocks, if there are any.
       row, column: int32[block], indices of the queries and keys on this device.
       keys: number of keys without padding.
@@ -160,7 +177,16 @@ class _Tile:
 
     def query_key(self) -> jax.Array:
         """Returns q . k, float32[B, H, block, block]."""
-        return _einsum("bhlk,bhsk->bhls", self.query, self.key)
+        return self.times_keys("bgrk,bgsk->bgrs", self.query, self.key)
+
+    def times_keys(self, subscripts: str, rows_BHLX: jax.Array, key_BGSK: jax.Array) -> jax.Array:
+        """Returns the product of rows of all query heads with the key heads that they read, float32[B, H, block, ...]."""
+        return _by_head(_einsum(subscripts, _by_group(rows_BHLX, key_BGSK.shape[1]), key_BGSK), rows_BHLX.shape[1])
+
+    def sum_over_rows(self, weight_BHLS: jax.Array, rows_BHLX: jax.Array) -> jax.Array:
+        """Returns the sum of rows of all query heads that read a key, by weight, float32[B, G, block, X]."""
+        groups = self.key.shape[1]
+        return _einsum("bgrs,bgrx->bgsx", _by_group(weight_BHLS, groups), _by_group(rows_BHLX, groups))
 
     def apply_relative_bias(self, params: Any, logits: jax.Array) -> jax.Array:
         """Returns logits after the pairwise function of positions; params: parameters of the function."""
@@ -172,7 +198,7 @@ class _Tile:
         return apply_relative_bias(logits, relative_bias, params, query, key, self.inputs.heads)
 
     def logits(self) -> jax.Array:
-        """Returns the masked logits, float32[B, H, block, block]."""
+        """Returns the logits after the cap, without the mask, float32[B, H, block, block]."""
         inputs, logits = self.inputs, self.query_key()
         if inputs.relative_bias is not None:
             logits = self.apply_relative_bias(inputs.bias_params, logits)
@@ -181,9 +207,18 @@ class _Tile:
             logits = add_position_sets(logits, _exact_einsum("phlf,phsf->phls", position_query, position_key))
         if inputs.bias is not None:
             logits = add_position_sets(logits, _block(_block(inputs.bias, self.i, self.block), self.j, self.block, 3))
+        return cap_logits(logits, inputs.cap)
+
+    def mask(self, logits: jax.Array) -> jax.Array:
+        """Returns logits in which those of keys that a query does not attend to are masked."""
+        inputs = self.inputs
         if inputs.causal_offset is not None:
-            last_key = jnp.minimum(inputs.causal_offset[:, None] + self.row, self.keys - 1)
-            masked = self.column > last_key[:, None, :, None]
+            row = (inputs.causal_offset[:, None] + self.row)[:, None, :, None]
+            if not inputs.window:  # one comparison for both
+                row = jnp.minimum(row, self.keys - 1)
+            masked = is_masked(row, self.column, inputs.window)
+            if inputs.window:
+                masked |= self.column >= self.keys
         elif inputs.key.shape[2] == self.keys:
             return logits
         else:
@@ -215,12 +250,17 @@ def _sum_like(gradient: jax.Array, field: jax.Array) -> jax.Array:
     return gradient if gradient.shape[1] == field.shape[1] else gradient.sum(axis=1, keepdims=True)
 
 
-def _num_key_blocks(inputs: AttentionInputs, i: jax.Array, block: int) -> jax.Array:
-    """Returns the number of key blocks, from the first on, that query block i attends to."""
+def _key_blocks(inputs: AttentionInputs, i: jax.Array, block: int) -> tuple[Any, jax.Array]:
+    """Returns the range of key blocks, at least one, that query block i attends to: the first, and the one after the last."""
     count = jnp.asarray(inputs.key.shape[2] // block, jnp.int32)
     if inputs.causal_offset is None:
-        return count
-    return jnp.clip((inputs.causal_offset.max() + (i + 1) * block - 1) // block + 1, 1, count).astype(jnp.int32)
+        return 0, count
+    stop = (inputs.causal_offset.max() + (i + 1) * block - 1) // block + 1
+    stop = jnp.clip(stop, 1, count).astype(jnp.int32)
+    if not inputs.window:
+        return 0, stop
+    first_key = inputs.causal_offset.min() + i * block - inputs.window + 1
+    return jnp.clip(first_key // block, 0, stop - 1).astype(jnp.int32), stop
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -242,18 +282,18 @@ def _forward(inputs: AttentionInputs, block: int, keys: int) -> tuple[jax.Array,
         def key_block(j: jax.Array, carry: tuple) -> tuple:
             m, normalizer, acc = carry
             tile = _Tile(inputs, i, j, block, keys)
-            logits = tile.logits()
+            logits = tile.mask(tile.logits())
             m_new = jnp.maximum(m, logits.max(axis=-1))
             p, alpha = jnp.exp(logits - m_new[..., None]), jnp.exp(m - m_new)
             normalizer = normalizer * alpha + p.sum(axis=-1)
             if inputs.dropout_seed is not None:
                 p = p * tile.dropout_mask()
-            pv = _einsum("bhls,bhsv->bhlv", p.astype(tile.value.dtype), tile.value)
+            pv = tile.times_keys("bgrs,bgsv->bgrv", p.astype(tile.value.dtype), tile.value)
             return m_new, normalizer, acc * alpha[..., None] + pv
 
         rows = (batch, heads, block)
         start = jnp.full(rows, MASK_VALUE), jnp.zeros(rows), jnp.zeros((*rows, inputs.value.shape[-1]))
-        m, normalizer, acc = jax.lax.fori_loop(0, _num_key_blocks(inputs, i, block), key_block, start)
+        m, normalizer, acc = jax.lax.fori_loop(*_key_blocks(inputs, i, block), key_block, start)
         return acc / normalizer[..., None], m + jnp.log(normalizer)
 
     out, lse = jax.lax.map(query_block, jnp.arange(length // block))
@@ -275,7 +315,7 @@ def _backward(block: int, keys: int, saved: Any, d_out: jax.Array) -> tuple[Atte
         def key_block(j: jax.Array, gradients: dict) -> dict:
             return _add_tile_gradients(gradients, _Tile(inputs, i, j, block, keys), *rows)
 
-        return jax.lax.fori_loop(0, _num_key_blocks(inputs, i, block), key_block, gradients)
+        return jax.lax.fori_loop(*_key_blocks(inputs, i, block), key_block, gradients)
 
     fields = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
     if inputs.position_query_key is not None:
@@ -309,22 +349,23 @@ def _add_tile_gradients(gradients: dict, tile: _Tile, d_out: jax.Array, lse: jax
       delta: float32[B, H, block, 1], rowsum(dO * O) of the query block.
     """
     inputs, block, result = tile.inputs, tile.block, dict(gradients)
-    p = jnp.exp(tile.logits() - lse)
-    d_p = _einsum("bhlv,bhsv->bhls", d_out, tile.value)
+    logits = tile.logits()
+    p = jnp.exp(tile.mask(logits) - lse)
+    d_p = tile.times_keys("bgrv,bgsv->bgrs", d_out, tile.value)
     p_dropped = p
     if inputs.dropout_seed is not None:
         mask = tile.dropout_mask()
         p_dropped, d_p = p * mask, d_p * mask
-    d_query_key = d_logits = p * (d_p - delta)
+    d_query_key = d_logits = p * (d_p - delta) * cap_slope(logits, inputs.cap)
     if inputs.relative_bias is not None:
         bias_vjp = jax.vjp(tile.apply_relative_bias, inputs.bias_params, tile.query_key())[1]
         d_params, d_query_key = bias_vjp(d_logits)
         result["bias_params"] = jax.tree.map(jnp.add, gradients["bias_params"], d_params)
     ds = d_query_key.astype(tile.query.dtype)
     parts = {
-        "query": (_einsum("bhls,bhsk->bhlk", ds, tile.key), tile.i),
-        "key": (_einsum("bhls,bhlk->bhsk", ds, tile.query), tile.j),
-        "value": (_einsum("bhls,bhlv->bhsv", p_dropped.astype(d_out.dtype), d_out), tile.j),
+        "query": (tile.times_keys("bgrs,bgsk->bgrk", ds, tile.key), tile.i),
+        "key": (tile.sum_over_rows(ds, tile.query), tile.j),
+        "value": (tile.sum_over_rows(p_dropped.astype(d_out.dtype), d_out), tile.j),
     }
     if inputs.position_query_key is not None:
         position_query, position_key = _common_sets_and_heads(*tile.position_query_key)

@@ -1,7 +1,8 @@
 """cuDNN's flash attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
-The kernel takes bfloat16 and one width for queries, keys and values. Float32 position queries and keys are appended to queries and keys as
-sums of bfloat16 parts whose products keep the precision of float32, and values are padded with zeros to the same width.
+The kernel takes bfloat16 and one width for queries, keys and values; heads of keys that several query heads share, and windows. Float32
+position queries and keys are appended to queries and keys as sums of bfloat16 parts whose products keep the precision of float32, and
+values are padded with zeros to the same width.
 """
 
 import jax
@@ -26,6 +27,12 @@ def unsupported_reason(inputs: AttentionInputs, capability: float, split: bool) 
         return f"cuDNN's attention needs precision.compute='bfloat16', not '{query.dtype}'"
     if inputs.dropout_seed is not None:
         return "cuDNN's attention is used without dropout on attention weights (model.attention_dropout)"
+    if inputs.cap:
+        return "cuDNN's attention has no soft cap on logits (model.attention_cap)"
+    if inputs.position_query_key is not None and inputs.position_query_key[1].shape[2] not in (1, key.shape[2]):
+        return (
+            "position keys that differ by query heads cannot be appended to the keys that these share (model.kv_heads)"
+        )
     width = padded_width(inputs)
     limit = 256 if capability >= 9 else 128
     if width > limit:
@@ -46,7 +53,13 @@ def flash(inputs: AttentionInputs, implementation: str = "cudnn") -> jax.Array:
     """
     query, key, value = append_position(inputs)
     out = jax.nn.dot_product_attention(
-        query, key, value, scale=1.0, is_causal=inputs.causal_offset is not None, implementation=implementation
+        query,
+        key,
+        value,
+        scale=1.0,
+        is_causal=inputs.causal_offset is not None,
+        local_window_size=(inputs.window - 1, 0) if inputs.window else None,
+        implementation=implementation,
     )
     return out[..., : inputs.value.shape[-1]]
 
@@ -61,8 +74,9 @@ def padded_width(inputs: AttentionInputs) -> int:
 def append_position(inputs: AttentionInputs) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns bfloat16 queries, keys and values of one width; q . k includes position_query . position_key."""
     columns = [inputs.query], [inputs.key], [inputs.value]
-    batch, _, heads, _ = inputs.query.shape
+    batch = inputs.query.shape[0]
     for side, field in enumerate(inputs.position_query_key or ()):
+        heads = columns[side][0].shape[2]
         parts = [jnp.broadcast_to(part, (*part.shape[:2], heads, part.shape[3])) for part in split_float32(field)]
         parts = [jnp.tile(part, (batch // len(part), 1, 1, 1)) for part in parts]
         columns[side].extend(parts[pair[side]] for pair in PART_PAIRS)

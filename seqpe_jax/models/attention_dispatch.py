@@ -145,6 +145,8 @@ def unsupported_reason(inputs: AttentionInputs, device: Any, split: bool = False
     if inputs.relative_bias is not None:
         return "the kernels read no pairwise function of positions (encodings whose logits have one)"
     if device.platform == "tpu":
+        if inputs.query.shape[2] != inputs.key.shape[2] or inputs.window or inputs.cap:
+            return "the TPU kernels have neither shared heads of keys, windows nor soft caps"
         return ""
     if device.platform == "gpu" and device.device_kind.startswith("NVIDIA"):
         if in_parts:
@@ -161,7 +163,7 @@ def default_block_size(inputs: AttentionInputs, device: Any) -> int:
     if device.platform != "cpu":
         return DEFAULT_BLOCK
     batch, _, heads, _ = inputs.query.shape
-    if inputs.key.shape[1] >= LONG_KEYS:
+    if min(inputs.key.shape[1], inputs.window or inputs.key.shape[1]) >= LONG_KEYS:
         return DEFAULT_BLOCK
     separate = inputs.position_query_key is not None and not should_concat_position(inputs)
     return 64 if separate and batch * heads >= 32 else 128
@@ -170,9 +172,12 @@ def default_block_size(inputs: AttentionInputs, device: Any) -> int:
 def should_concat_position(inputs: AttentionInputs) -> bool:
     """Returns True where one product of [q, position_query] and [k, position_key] is faster than two narrow products.
 
-    Queries must be float32, as position queries are. Not possible with a relative bias, which applies to q . k alone.
+    Queries must be float32, as position queries are. Not possible with a relative bias, which applies to q . k alone, nor
+    where position keys differ by query heads that share a key head.
     """
     if inputs.position_query_key is None or inputs.relative_bias is not None or inputs.query.dtype != jnp.float32:
+        return False
+    if inputs.position_query_key[1].shape[2] not in (1, inputs.key.shape[2]):
         return False
     return 4 * inputs.position_query_key[0].shape[-1] <= inputs.query.shape[-1]
 

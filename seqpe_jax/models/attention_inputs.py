@@ -19,9 +19,9 @@ class AttentionInputs:
     Fields with a leading P hold P position sets: sample i uses set i mod P. P is 1 or one common number that divides B.
 
     Attributes:
-      query: [B, L, H, K], already divided by sqrt(K).
-      key: [B, S, H, K].
-      value: [B, S, H, V].
+      query: [B, L, H, K], already scaled.
+      key: [B, S, G, K]; G divides H, and query head h reads key and value head h // (H // G).
+      value: [B, S, G, V].
       position_query_key: position queries float32[P, L, H or 1, F] and keys float32[P, S, H or 1, F], whose dot product is
         added to the logits.
       bias: float32[P, H or 1, L, S], added to the logits.
@@ -34,6 +34,8 @@ class AttentionInputs:
         draws its own part of one dropout mask.
       dropout_rate: probability that a weight is dropped.
       mean_causal_offset: mean of `causal_offset` over devices, for estimates of cost; None = that of the last queries.
+      window: w, query l attends to keys from causal_offset + l - w + 1 on; 0 = from the first on. Needs `causal_offset`.
+      cap: c, logits become c tanh(logits / c) before they are masked; 0 = they stay.
     """
 
     query: jax.Array
@@ -49,6 +51,8 @@ class AttentionInputs:
     global_offset: jax.Array | None = None
     dropout_rate: float = flax.struct.field(pytree_node=False, default=0.0)
     mean_causal_offset: int | None = flax.struct.field(pytree_node=False, default=None)
+    window: int = flax.struct.field(pytree_node=False, default=0)
+    cap: float = flax.struct.field(pytree_node=False, default=0.0)
 
     @property
     def num_position_sets(self) -> int:
@@ -139,6 +143,28 @@ def apply_relative_bias(
     return add_position_sets(logits_BHLS, addend)
 
 
+def cap_logits(logits: jax.Array, cap: float) -> jax.Array:
+    """Returns c tanh(logits / c) of a cap c; 0 = the logits themselves."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def cap_slope(capped: jax.Array, cap: float) -> jax.Array | float:
+    """Returns the derivative of `cap_logits` where its result is `capped`."""
+    return 1 - (capped / cap) ** 2 if cap else 1.0
+
+
+def is_masked(row: jax.Array, column: jax.Array, window: int) -> jax.Array:
+    """Returns True where a key is after its query, or before the query's window.
+
+    Args:
+      row: indices of the queries among the keys, which broadcast against `column`.
+      column: indices of the keys.
+      window: see `AttentionInputs`.
+    """
+    masked = column > row
+    return masked | (column <= row - window) if window else masked
+
+
 def hash_bits(number: jax.Array) -> jax.Array:
     """Returns pseudo-random int32 bits, different for different int32 numbers.
 
@@ -179,9 +205,11 @@ def position_dot_product(query_PLHF: jax.Array, key_PSHF: jax.Array) -> jax.Arra
 
 def reference_attention(inputs: AttentionInputs) -> jax.Array:
     """Returns softmax(logits) @ value, [B, L, H, V] in the values' dtype, from one array of all logits."""
-    query, key, value = inputs.query, inputs.key, inputs.value
-    logits_BHLS = jnp.einsum("blhk,bshk->bhls", query, key, preferred_element_type=jnp.float32)
-    batch, heads, length, keys = logits_BHLS.shape
+    key, value = inputs.key, inputs.value
+    (batch, length, heads, width), (keys, groups) = inputs.query.shape, key.shape[1:3]
+    query_BLGRK = inputs.query.reshape(batch, length, groups, heads // groups, width)
+    logits_BGRLS = jnp.einsum("blgrk,bsgk->bgrls", query_BLGRK, key, preferred_element_type=jnp.float32)
+    logits_BHLS = logits_BGRLS.reshape(batch, heads, length, keys)
     if inputs.relative_bias is not None:
         relative_bias = inputs.relative_bias
         logits_BHLS = apply_relative_bias(
@@ -191,10 +219,11 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
         logits_BHLS = add_position_sets(logits_BHLS, position_dot_product(*inputs.position_query_key))
     if inputs.bias is not None:
         logits_BHLS = add_position_sets(logits_BHLS, inputs.bias)
+    logits_BHLS = cap_logits(logits_BHLS, inputs.cap)
     if inputs.causal_offset is not None:
-        last_key_PL = inputs.causal_offset[:, None] + jnp.arange(length)
-        mask_PHLS = jnp.where(jnp.arange(keys) <= last_key_PL[:, None, :, None], 0.0, MASK_VALUE)
-        logits_BHLS = add_position_sets(logits_BHLS, mask_PHLS)
+        row_PL = inputs.causal_offset[:, None] + jnp.arange(length)
+        masked_PHLS = is_masked(row_PL[:, None, :, None], jnp.arange(keys), inputs.window)
+        logits_BHLS = add_position_sets(logits_BHLS, jnp.where(masked_PHLS, MASK_VALUE, 0.0))
     weights_BHLS = jax.nn.softmax(logits_BHLS)
     if inputs.dropout_seed is not None:
         sample, head, row, column = (
@@ -202,4 +231,5 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
         )
         indices = (sample[:, None, None, None], head[:, None, None], row[:, None], column)
         weights_BHLS = weights_BHLS * dropout_mask(inputs.dropout_seed, *indices, inputs.dropout_rate)
-    return jnp.einsum("bhls,bshk->blhk", weights_BHLS.astype(value.dtype), value)
+    weights_BGRLS = weights_BHLS.astype(value.dtype).reshape(batch, groups, heads // groups, length, keys)
+    return jnp.einsum("bgrls,bsgv->blgrv", weights_BGRLS, value).reshape(batch, length, heads, -1)

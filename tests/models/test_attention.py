@@ -13,6 +13,7 @@ from seqpe_jax.config import ALiBiConfig, ModelDims
 from seqpe_jax.distributed.sharding import MeshSharding, make_mesh
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.encodings.relative_bias import ALiBi
+from seqpe_jax.errors import InputError
 from seqpe_jax.models import attention_inputs
 from seqpe_jax.models.attention import attend
 from tests.jaxprs import has_array_of_size
@@ -65,17 +66,17 @@ def rotate(array, cos, sin):
     return rotated
 
 
-def loop(query, key, value, signal, causal):
+def loop(query, key, value, signal, causal, *, window=LENGTH, cap=0.0, scale=WIDTH**-0.5):
     """The definition, one query at a time."""
     query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
-    result = np.zeros_like(query)
+    result, heads = np.zeros_like(query), query.shape[2]
 
     def of(field, sample, index, head):
         field = np.asarray(field, np.float64)
         return field[sample % field.shape[0], index, head % field.shape[2]]
 
     def transformed(array, side, *at):
-        vector = array[at]
+        vector = array[*at[:2], at[2] * array.shape[2] // heads]
         if signal.rotation is not None:
             vector = rotate(vector, of(signal.rotation[0], *at), of(signal.rotation[1], *at))
         if signal.multiplicative is not None:
@@ -84,17 +85,18 @@ def loop(query, key, value, signal, causal):
             vector = vector + of(signal.additive[side], *at)
         return vector
 
-    for sample, i, head in np.ndindex(BATCH, LENGTH, HEADS):
+    for sample, i, head in np.ndindex(BATCH, LENGTH, heads):
         logits = np.full(LENGTH, -np.inf)
-        for j in range(i + 1 if causal else LENGTH):
-            logits[j] = transformed(query, 0, sample, i, head) @ transformed(key, 1, sample, j, head) / np.sqrt(WIDTH)
+        for j in range(max(0, i - window + 1), i + 1) if causal else range(LENGTH):
+            logits[j] = transformed(query, 0, sample, i, head) @ transformed(key, 1, sample, j, head) * scale
             if signal.position_query_key is not None:
                 position_query, position_key = signal.position_query_key
                 logits[j] += of(position_query, sample, i, head) @ of(position_key, sample, j, head)
             if signal.bias is not None:
                 logits[j] += np.asarray(signal.bias)[head, i, j]
+            logits[j] = cap * np.tanh(logits[j] / cap) if cap else logits[j]
         weights = np.exp(logits - logits.max())
-        result[sample, i, head] = weights / weights.sum() @ value[sample, :, head]
+        result[sample, i, head] = weights / weights.sum() @ value[sample, :, head * value.shape[2] // heads]
     return result
 
 
@@ -105,15 +107,15 @@ def test_reference_equals_the_loop(sets, causal):
         np.testing.assert_allclose(found, loop(*QKV, signal, causal), atol=2e-5, err_msg=name)
 
 
-def output_and_gradients(backend: str, signal: PositionSignal, causal: bool = True, **dropout):
+def output_and_gradients(backend: str, signal: PositionSignal, causal: bool = True, qkv=QKV, **options):
     """The output, and the gradients of queries, keys, values and the signal for a random sum of it."""
-    weight = random(30, BATCH, LENGTH, HEADS, WIDTH)
+    weight = random(30, *qkv[0].shape)
 
     def score(qkv, signal):
-        out = attend(*qkv, signal, causal=causal, **BACKENDS[backend], **dropout)
+        out = attend(*qkv, signal, causal=causal, **BACKENDS[backend], **options)
         return (out * weight).sum(), out
 
-    return jax.jit(jax.grad(score, argnums=(0, 1), has_aux=True))(QKV, signal)
+    return jax.jit(jax.grad(score, argnums=(0, 1), has_aux=True))(qkv, signal)
 
 
 DROPOUT = {"dropout_rate": 0.4, "dropout_key": KEY}
@@ -139,6 +141,69 @@ def test_every_backend_equals_the_reference(backend):
             close(output_and_gradients(backend, signals(sets)[name], causal), expected(name, sets, causal), name)
     name = "position_query_key of all heads"
     close(output_and_gradients(backend, signals(1)[name], True, **DROPOUT), expected(name, 1, True, True), "dropout")
+
+
+# Four heads of queries, of which two read one head of keys, with a term that differs by query head.
+GROUPED = tuple(random(side, BATCH, LENGTH, heads, WIDTH) for side, heads in ((1, 4), (2, 2), (3, 2)))
+LIMITS = {"window": 3, "cap": 1.5, "scale": 0.8}
+
+
+@functools.cache
+def of_groups() -> PositionSignal:
+    return PositionSignal(
+        rotation=signals(1)["rotation"].rotation, position_query_key=tuple(random(n, 2, LENGTH, 4, 3) for n in (50, 51))
+    )
+
+
+@functools.cache
+def expected_of_groups():
+    return output_and_gradients("reference", of_groups(), qkv=GROUPED, **LIMITS, **DROPOUT)
+
+
+def test_grouped_heads_windows_caps_and_scales():
+    """In the reference as in the loop; each backend's output, gradients and dropout as the reference's."""
+    found = jax.jit(functools.partial(attend, kind="reference", **LIMITS))(*GROUPED, of_groups())
+    np.testing.assert_allclose(found, loop(*GROUPED, of_groups(), True, **LIMITS), atol=2e-5)
+    for backend in ("blockwise", "flash"):
+        close(
+            output_and_gradients(backend, of_groups(), qkv=GROUPED, **LIMITS, **DROPOUT), expected_of_groups(), backend
+        )
+
+
+@pytest.mark.parametrize(
+    "signal, options, words",
+    [
+        (
+            {"additive": pair(52, 1, 4, WIDTH)},
+            {},
+            "terms added .* differ by head .4 heads., and 2 .* set model.kv_heads=4",
+        ),
+        ({"rotation": pair(53, 1, 4, 1)}, {}, "rotations .* differ by head"),
+        (
+            {"polar_phase": pair(54, 1, 1, WIDTH), "polar_key_phase": random(55, 4, WIDTH)},
+            {},
+            "polar .* model.kv_heads=4",
+        ),
+        ({}, {"window": 3, "causal": False}, "a window is of causal attention"),
+    ],
+)
+def test_what_shared_heads_of_keys_cannot_serve_is_refused(signal, options, words):
+    with pytest.raises(InputError, match=words):
+        attend(*GROUPED, PositionSignal(**signal), **options)
+    with pytest.raises(InputError, match="3 heads of keys cannot serve 4"):
+        attend(GROUPED[0], *(random(2, BATCH, LENGTH, 3, WIDTH),) * 2, PositionSignal())
+
+
+def test_terms_by_head_of_keys():
+    """Terms of two heads are those of the keys, and each serves the two query heads that read one."""
+    signal, twice = (
+        PositionSignal(multiplicative=tuple(jnp.repeat(part, times, axis=2) for part in pair(56, 1, 2, WIDTH)))
+        for times in (1, 2)
+    )
+    query, *key_value = GROUPED
+    found = attend(*GROUPED, signal, kind="reference")
+    expected = attend(query, *(jnp.repeat(part, 2, axis=2) for part in key_value), twice, kind="reference")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @functools.cache
