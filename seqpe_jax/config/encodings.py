@@ -67,6 +67,7 @@ class ModelDims:
       grid: positions of the training window or grid along each axis.
       prefix_tokens: number of leading tokens without a position, such as a class token.
       compat: behaviour of the PyTorch reference, for its checkpoints.
+      head_width: features of one head; 0 = width / heads.
     """
 
     layers: int
@@ -75,16 +76,16 @@ class ModelDims:
     grid: tuple[int, ...] = (1,)
     prefix_tokens: int = 0
     compat: CompatConfig = CompatConfig()
+    head_width: int = 0
+
+    def __post_init__(self) -> None:
+        """Fills in the features of a head."""
+        object.__setattr__(self, "head_width", self.head_width or self.width // self.heads)
 
     @property
     def axes(self) -> int:
         """Coordinates of a position: 1 for text, 2 for images, 3 for videos."""
         return len(self.grid)
-
-    @property
-    def head_width(self) -> int:
-        """Features of one head."""
-        return self.width // self.heads
 
     @property
     def num_positions(self) -> int:

@@ -18,6 +18,7 @@ LARGEST = 2.0**127
 FRACTION = {"low": 0.0, "high": 1.0}
 DROP_RATE = {"low": 0.0, "below": 1.0}
 WEIGHT = {"low": 0.0, "high": 1e6}  # of a loss; factors too
+OPTIONAL_FACTOR = {"zero": True, "low": 1e-6, "high": 1e6}
 STD = {"low": 0.0, "high": 1e3}
 EPSILON = {"low": 1e-12, "high": 0.1, "once": True}  # added to a variance
 NUM_STEPS = {"low": 1, "high": 10**9}

@@ -5,14 +5,19 @@ patches (of images), sizes in pixels, steps in optimizer steps, losses in nats.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
-from seqpe_jax.config import limits
+from seqpe_jax.config import decoder_presets, limits
 from seqpe_jax.config.encodings import CompatConfig, EncodingConfig, ModelDims, SeqPEConfig
 from seqpe_jax.config.limits import field as _field
 from seqpe_jax.config.limits import section as _section
 from seqpe_jax.data import registry
 from seqpe_jax.data.registry import DATA_IMAGE, DATA_QA, DATA_TEXT, IMAGE_LIKE, TEXT_LIKE
+
+Kind = Literal[
+    "gpt2", "vit", "decoder", "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gpt_neox", "granite"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +77,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Transformer over tokens or patches."""
+    """Transformer over tokens or patches; '' or 0 in the parts of a block = as `kind` has it (docs/design.md)."""
 
-    kind: Literal["gpt2", "vit"] = _field("gpt2", "network: gpt2 for text, vit for images and videos")
+    kind: Kind = _field("gpt2", "network: vit for images and videos, a decoder with the parts of its name for text")
     vocabulary: int = _field(
-        0, "gpt2: rows of the token embedding; 0 = the tokenizer's", **limits.OPTIONAL_LENGTH, of=TEXT_LIKE
+        0, "text: rows of the token embedding; 0 = the tokenizer's", **limits.OPTIONAL_LENGTH, of=TEXT_LIKE
     )
-    tied: bool = _field(True, "gpt2: the token embedding is the output layer too", of=TEXT_LIKE)
+    tied: bool = _field(True, "text: the token embedding is the output layer too", of=TEXT_LIKE)
     classes: int = _field(0, "vit: number of classes; 0 = that of the data", **limits.OPTIONAL_LENGTH, of=IMAGE_LIKE)
     patch: tuple[int, ...] = _field(
         (), "vit: sides of a patch along each axis of data.size, in pixels", **limits.IMAGE_SIZE, of=IMAGE_LIKE
@@ -86,6 +91,52 @@ class ModelConfig:
     layers: int = _field(12, "transformer blocks", **limits.LAYERS)
     width: int = _field(768, "features of a token", **limits.WIDTH)
     heads: int = _field(12, "attention heads of a block", **limits.HEADS)
+    kv_heads: int = _field(
+        0, "heads of keys and values, each for heads / kv_heads queries; 0 = heads", **limits.OPTIONAL_HEADS
+    )
+    head_width: int = _field(0, "features of a head; 0 = width / heads", **limits.OPTIONAL_WIDTH)
+    norm: decoder_presets.Norm = _field("", "norms of a block; rms_norm_plus_one: the weight is 1 + w, as Gemma's")
+    norm_placement: decoder_presets.NormPlacement = _field(
+        "", "norms of each branch's input (pre), of its output (post), or both"
+    )
+    mlp: decoder_presets.Mlp = _field("", "MLP: plain, or gated by silu (swiglu) or gelu_tanh (geglu)")
+    bias: decoder_presets.Bias = _field("", "linear maps with a bias: all, none, or those of queries, keys and values")
+    qk_norm: decoder_presets.QKNorm = _field("", "norm of queries and keys: none, of each head, or of all together")
+    residual: decoder_presets.Residual = _field(
+        "", "sequential: attention, then MLP; parallel: both read the same states"
+    )
+    attention_cap: float = _field(
+        0.0, "c: attention logits become c tanh(logits / c); 0 = as model.kind has it", **limits.OPTIONAL_FACTOR
+    )
+    logit_cap: float = _field(0.0, "text: the same of the final logits", **limits.OPTIONAL_FACTOR, of=TEXT_LIKE)
+    attention_scale: float = _field(
+        0.0,
+        "factor of q . k; 0 = as model.kind has it, 1 / sqrt(features of a head) in most",
+        **limits.OPTIONAL_FACTOR,
+    )
+    embedding_multiplier: float = _field(
+        0.0,
+        "text: factor of the token embeddings; 0 = as model.kind has it, 1 in most",
+        **limits.OPTIONAL_FACTOR,
+        of=TEXT_LIKE,
+    )
+    residual_multiplier: float = _field(0.0, "factor of each branch of a block; 0 likewise", **limits.OPTIONAL_FACTOR)
+    logit_multiplier: float = _field(
+        0.0, "text: factor of the final logits, before their cap; 0 likewise", **limits.OPTIONAL_FACTOR, of=TEXT_LIKE
+    )
+    window: int = _field(
+        0,
+        "text: newest tokens that each token sees, itself among them; 0 = all",
+        **limits.OPTIONAL_LENGTH,
+        of=TEXT_LIKE,
+    )
+    window_layers: tuple[int, ...] = _field(
+        (),
+        "layers with model.window: 1 or 0 for each, a shorter list repeats; () = as model.kind has it, all in most",
+        low=0,
+        high=1,
+        of=TEXT_LIKE,
+    )
     mlp_width: int = _field(0, "hidden features of an MLP; 0 = four times the width", **limits.OPTIONAL_WIDTH)
     dropout: float = _field(0.1, "rate after attention and MLP", **limits.DROP_RATE)
     attention_dropout: float = _field(0.1, "rate of attention weights", **limits.DROP_RATE)
@@ -96,7 +147,7 @@ class ModelConfig:
         **limits.DROP_RATE,
         of=IMAGE_LIKE,
     )
-    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", "nonlinearity of an MLP")
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", "nonlinearity of a plain MLP")
     layer_norm_epsilon: float = _field(1e-5, "added to the variance", **limits.EPSILON)
     init_std: float = _field(0.02, "standard deviation of initial weights", **limits.STD)
     remat: Literal["none", "full", "dots", "offload"] = _field(
@@ -120,6 +171,11 @@ class ModelConfig:
         0, "TPU kernel: keys of a tile for gradients; 0 = model.kernel_block_k", **limits.KERNEL_BLOCK
     )
     scan: bool = _field(False, "compile one block and loop over stacked weights")
+
+    @functools.cached_property
+    def parts(self) -> decoder_presets.Parts:
+        """Parts of the blocks, with the values that `kind` decides."""
+        return decoder_presets.resolve(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,6 +475,7 @@ class Config:
             self.model.layers,
             self.model.width,
             self.model.heads,
+            head_width=self.model.parts.head_width,
             grid=self.grid,
             prefix_tokens=int(self.is_image),
             compat=self.compat,

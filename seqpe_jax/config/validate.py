@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
+from seqpe_jax.config.decoder_presets import TEXT_KINDS
 from seqpe_jax.config.encodings import ENCODINGS, SeqPEConfig, kinds_for
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, OptimizerConfig
 from seqpe_jax.data import registry
@@ -28,6 +29,7 @@ def check(config: Config) -> None:
         _check_images(config)
     else:
         _check_text(config)
+    _check_model(config)
     _check_step_size(config)
     _check_drawn_positions(config)
     _check_vector_losses(config)
@@ -242,8 +244,10 @@ def _check_drawn_positions(config: Config) -> None:
 
 def _check_text(config: Config) -> None:
     data = config.data
-    if config.model.kind != "gpt2":
-        raise InputError(f"model.kind='{config.model.kind}' reads images, but data.name='{data.name}' is text")
+    if config.model.kind == "vit":
+        raise InputError(
+            f"model.kind='vit' reads images, but data.name='{data.name}' is text: choose one of {', '.join(TEXT_KINDS)}"
+        )
     config.encoding.check(axes=1)
     check_positions(config, data.length, "data.length", training=True)
     for length in config.eval.lengths:
@@ -312,6 +316,28 @@ def _check_images(config: Config) -> None:
     mixing = config.objective.mixing
     if (mixing.mixup or mixing.cutmix) and config.batch_size // config.optimizer.accumulate % 2:
         raise InputError("objective.mixing pairs images: the batch (batch_size / optimizer.accumulate) must be even")
+
+
+# --- Blocks
+
+
+def _check_model(config: Config) -> None:
+    """Raises InputError if the parts of the blocks contradict each other."""
+    model = config.model
+    if not model.head_width and model.width % model.heads:
+        raise InputError(
+            f"model.width={model.width} is not a multiple of model.heads={model.heads}: change one, or set model.head_width"
+        )
+    if model.kv_heads and model.heads % model.kv_heads:
+        raise InputError(
+            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}: each key and value head serves as "
+            "many query heads, so choose a divisor"
+        )
+    if len(model.window_layers) > model.layers:
+        raise InputError(
+            f"model.window_layers has {len(model.window_layers)} flags, but there are model.layers={model.layers}: give one "
+            "for each layer, or a pattern that repeats"
+        )
 
 
 # --- Losses on vectors
@@ -390,9 +416,7 @@ def _moves_positions(config: Config) -> bool:
 
 
 def _check_batch(config: Config) -> None:
-    model, accumulate, sets = config.model, config.optimizer.accumulate, config.objective.shift.sets
-    if model.width % model.heads:
-        raise InputError(f"model.width={model.width} is not a multiple of model.heads={model.heads}")
+    accumulate, sets = config.optimizer.accumulate, config.objective.shift.sets
     if config.batch_size % accumulate:
         raise InputError(f"batch_size={config.batch_size} is not a multiple of optimizer.accumulate={accumulate}")
     micro_batch = config.batch_size // accumulate
@@ -450,10 +474,12 @@ def _check_checkpoint(config: Config) -> None:
 
 def check_heads(config: Config) -> None:
     """Raises InputError if the heads do not divide over mesh.tensor."""
-    if config.model.heads % config.mesh.tensor:
-        raise InputError(
-            f"model.heads={config.model.heads} does not divide over mesh.tensor={config.mesh.tensor}: choose a divisor"
-        )
+    for name in ("heads", "kv_heads"):
+        heads = getattr(config.model.parts, name)
+        if heads % config.mesh.tensor:
+            raise InputError(
+                f"model.{name}={heads} does not divide over mesh.tensor={config.mesh.tensor}: choose a divisor"
+            )
 
 
 def _check_mesh(config: Config) -> None:
@@ -599,6 +625,12 @@ CONDITIONS = (
     Condition(
         ("data.lossy_tokenizer",), lambda config: config.data.tokenizer != "bytes", "data.tokenizer other than 'bytes'"
     ),
+    Condition(
+        ("model.activation",),
+        lambda config: not config.model.parts.gated,
+        "model.mlp='plain'; swiglu is gated by silu, and geglu by gelu_tanh",
+    ),
+    Condition(("model.window_layers",), lambda config: config.model.window > 0, "model.window"),
     Condition(
         ("model.attention_block",),
         lambda config: config.model.attention_kind in ("auto", "blockwise"),

@@ -223,7 +223,7 @@ def prefill(
     """Returns the state after the prompts and the first new token.
 
     Args:
-      model: has `forward_cached`, `logits` and `init_cache` (`models.gpt2.GPT2`).
+      model: has `forward_cached`, `logits` and `init_cache` (`models.decoder.Decoder`).
       params: parameters of the model.
       signal: PositionSignal of the whole window (`SamplingStatic.window`), one position set.
       tokens_BL: int32, prompts padded at the end.

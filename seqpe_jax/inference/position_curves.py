@@ -112,7 +112,7 @@ def log_gates(network: Any, params: Any, tokens_L: jax.Array, signal: PositionSi
     """Returns the log forget gate of each token, float32[layers, L, H].
 
     Args:
-      network: a `GPT2` with gates.
+      network: a `Decoder` with gates.
       params: its parameters.
       tokens_L: int32, a text.
       signal: of all layers and L positions.

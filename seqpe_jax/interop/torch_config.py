@@ -372,7 +372,7 @@ def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
             "n_inner": model.mlp_width or None,
             "n_positions": config.data.length,
             "block_size": config.data.length,
-            "activation_function": _reference_activation(model.activation),
+            "activation_function": _reference_activation(model.parts.activation),
             "layer_norm_epsilon": model.layer_norm_epsilon,
             "resid_pdrop": model.dropout,
             "attn_pdrop": model.attention_dropout,
@@ -450,7 +450,7 @@ def check_writable(config: Config) -> None:
         required |= {
             "model.patch": (model.patch, (model.patch[0],) * 2),
             "data.size": (config.data.size, (config.data.size[0],) * 2),
-            "model.activation": (model.activation, "gelu"),
+            "model.activation": (model.parts.activation, "gelu"),
             "model.layer_norm_epsilon": (model.layer_norm_epsilon, 1e-6),
         }
     for name, (value, only) in required.items():

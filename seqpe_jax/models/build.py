@@ -22,7 +22,7 @@ from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.position_signal import ParamBounds, PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.models.attention_tpu import KernelBlocks
-from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import TransformerConfig
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.positions.grids import PositionGrid
@@ -258,7 +258,7 @@ def position_grid_of(config: Config) -> PositionGrid:
     return PositionGrid(resolution, (0,) * (len(grid) - 2) + grid[-2:])  # frames of a video are never interpolated
 
 
-def _network(config: Config, data_spec: DataSpec) -> GPT2 | ViT:
+def _network(config: Config, data_spec: DataSpec) -> Decoder | ViT:
     """The network of a config."""
     model, encoding = config.model, config.encoding
     transformer = TransformerConfig(
@@ -270,7 +270,7 @@ def _network(config: Config, data_spec: DataSpec) -> GPT2 | ViT:
         attention_dropout=model.attention_dropout,
         embedding_dropout=model.embedding_dropout,
         drop_path=model.drop_path if model.kind == "vit" else 0.0,
-        activation=model.activation,
+        activation=model.parts.activation,
         layer_norm_epsilon=model.layer_norm_epsilon,
         init_std=model.init_std,
         remat=model.remat,
@@ -289,4 +289,4 @@ def _network(config: Config, data_spec: DataSpec) -> GPT2 | ViT:
     )
     if model.kind == "vit":
         return ViT(transformer, data_spec.classes, model.patch)
-    return GPT2(transformer, data_spec.vocabulary, model.tied)
+    return Decoder(transformer, data_spec.vocabulary, model.tied)

@@ -13,7 +13,7 @@ from seqpe_jax.distributed.sharding import abstract_state_with_shardings, make_m
 from seqpe_jax.inference.compiled import with_mesh
 from seqpe_jax.losses import blockwise
 from seqpe_jax.losses.task import NetworkCall, NextTokenLoss
-from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import TransformerConfig
 from tests.jaxprs import has_array_of_size
 
@@ -33,7 +33,7 @@ def example(tied: bool = True):
     signal = SIGNAL.apply(
         SIGNAL.init(jax.random.PRNGKey(0), positions_PLA, shape=(LENGTH,)), positions_PLA, shape=(LENGTH,)
     )
-    network = GPT2(TransformerConfig(layers=1, width=WIDTH, heads=4, init_std=0.5), VOCABULARY, tied)
+    network = Decoder(TransformerConfig(layers=1, width=WIDTH, heads=4, init_std=0.5), VOCABULARY, tied)
     draw = np.random.default_rng(1)
     tokens = jnp.asarray(draw.integers(0, VOCABULARY, (BATCH, LENGTH + 1)), jnp.int32)
     batch = {"tokens": tokens, "weights": jnp.asarray(draw.integers(0, 3, (BATCH, LENGTH)), jnp.float32)}

@@ -9,7 +9,7 @@ import pytest
 
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, position_logits
-from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import TransformerConfig
 from tests.models.test_attention import BACKENDS, BATCH, HEADS, LENGTH, NAMES, QKV, WIDTH, random, signals
 from tests.tiny import draw_params
@@ -85,7 +85,7 @@ def test_a_token_attends_to_no_cache_entry_after_it():
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_gpt2_over_a_cache_equals_the_whole_window(remat):
     """For embedded positions, and for fields of each layer together with fields of all layers."""
-    model = GPT2(TransformerConfig(2, HEADS * WIDTH, HEADS, init_std=0.3, remat=remat), vocabulary=11)
+    model = Decoder(TransformerConfig(2, HEADS * WIDTH, HEADS, init_std=0.3, remat=remat), vocabulary=11)
     tokens_BL = jax.random.randint(jax.random.PRNGKey(3), (3, LENGTH), 0, 11)
     per_layer = PositionSignal(
         position_query_key=tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2)),
@@ -110,6 +110,6 @@ def test_gpt2_over_a_cache_equals_the_whole_window(remat):
 
 
 def test_the_cache_has_the_dtype_of_the_arithmetic():
-    cache = GPT2(TransformerConfig(3, 8, 2, dtype=jnp.bfloat16), vocabulary=11).init_cache(5, 7, PositionSignal())
+    cache = Decoder(TransformerConfig(3, 8, 2, dtype=jnp.bfloat16), vocabulary=11).init_cache(5, 7, PositionSignal())
     assert len(cache) == 3
     assert {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(cache)} == {((5, 7, 2, 4), jnp.dtype("bfloat16"))}

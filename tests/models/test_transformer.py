@@ -10,7 +10,7 @@ from seqpe_jax.inference.compiled import with_mesh
 from seqpe_jax.models import attention_tpu
 from seqpe_jax.models.attention_blockwise import blockwise_attention
 from seqpe_jax.models.attention_inputs import AttentionInputs
-from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import REMAT_POLICIES, TransformerConfig
 from tests.jaxprs import subprograms
 
@@ -49,7 +49,7 @@ def test_states_between_blocks_are_split_along_the_sequence(length, stored):
     """Under the mesh axis tensor, where it divides the length."""
     layers, batch, width = 3, 2, 8
     config = TransformerConfig(layers=layers, width=width, heads=4, mlp_width=16, scan=True, remat="full")
-    model, signal = GPT2(config, 11), PositionSignal()
+    model, signal = Decoder(config, 11), PositionSignal()
     tokens_BL = jnp.zeros((batch, length), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens_BL, signal)
 

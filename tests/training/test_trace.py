@@ -13,7 +13,7 @@ from seqpe_jax.interop import weights
 from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.losses.train_loss import SampledPositions, TrainLoss
 from seqpe_jax.models.build import ModelSpec
-from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import TransformerConfig
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.positions.contrastive_sampling import ContrastivePositions
@@ -50,7 +50,7 @@ def text_objective(spec):
         mode="attn_scalar", qk="single", digits=5, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0
     )
     encoding = SeqPE(config, ModelDims(layers=2, width=48, heads=3, grid=(32,)))
-    network = GPT2(TransformerConfig(layers=2, width=48, heads=3), vocabulary=97)
+    network = Decoder(TransformerConfig(layers=2, width=48, heads=3), vocabulary=97)
     inputs = jax.ShapeDtypeStruct((1, 32), jnp.int32)
     model_spec = ModelSpec(encoding, network, inputs, (32,), spec["max_position"], heads=3)
     train_loss = TrainLoss(model_spec, NextTokenLoss(), ObjectiveConfig())

@@ -20,7 +20,7 @@ from seqpe_jax.models.attention import KVCache, position_logits
 from seqpe_jax.models.transformer import Network, make_blocks, run_block, run_blocks
 
 
-class GPT2(Network):
+class Decoder(Network):
     """A causal language model (Radford et al. 2019).
 
     Attributes:

@@ -9,7 +9,7 @@ import pytest
 
 from seqpe_jax.config import ENCODINGS, ModelDims
 from seqpe_jax.encodings.position_signal import PositionSignal
-from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import TransformerConfig
 from tests.tiny import draw_params
 
@@ -21,10 +21,10 @@ TOKENS_BL = jax.random.randint(KEY, (2, LENGTH), 0, 11)
 POSITIONS_PLA = jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None]
 
 
-def model_of(**fields) -> GPT2:
+def model_of(**fields) -> Decoder:
     vocabulary, tied = fields.pop("vocabulary", 11), fields.pop("tied", True)
     sizes = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "init_std": 0.5}
-    return GPT2(TransformerConfig(**(sizes | fields)), vocabulary, tied)
+    return Decoder(TransformerConfig(**(sizes | fields)), vocabulary, tied)
 
 
 def encoding_of(kind: str, **fields):
