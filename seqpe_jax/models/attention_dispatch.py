@@ -145,8 +145,6 @@ def unsupported_reason(inputs: AttentionInputs, device: Any, split: bool = False
     if inputs.relative_bias is not None:
         return "the kernels read no pairwise function of positions (encodings whose logits have one)"
     if device.platform == "tpu":
-        if inputs.query.shape[2] != inputs.key.shape[2] or inputs.window or inputs.cap:
-            return "the TPU kernels have neither shared heads of keys, windows nor soft caps"
         return ""
     if device.platform == "gpu" and device.device_kind.startswith("NVIDIA"):
         if in_parts:

@@ -4,6 +4,9 @@ The algorithm is FlashAttention-2's (Dao 2023, arXiv 2307.08691): a forward kern
 position queries, and one for those of keys, values and position keys. One addition: samples of the same position set share
 position_query . position_key, which at full precision costs six bfloat16 products; so each grid step loads the same tile of
 several samples and computes that product once for all of them.
+
+Where H query heads share G key heads, the kernel of keys sums over the queries of all heads that read one, and nothing is
+repeated in memory. With a window, the grid has as many inner steps as a window can need, so that its time is linear.
 """
 
 import functools
@@ -16,7 +19,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from seqpe_jax.models.attention_inputs import ATTENTION_RESULT, MASK_VALUE, AttentionInputs, dropout_mask
+from seqpe_jax.models.attention_inputs import (
+    ATTENTION_RESULT,
+    MASK_VALUE,
+    AttentionInputs,
+    cap_logits,
+    cap_slope,
+    dropout_mask,
+    is_masked,
+)
 
 LANES = 128
 BLOCK_SIZES = (512, 384, 256)  # queries or keys per tile; for less than the smallest, a multiple of LANES
@@ -58,6 +69,7 @@ class KernelConfig(NamedTuple):
       mean_causal_offset: see `AttentionInputs`.
       out_dtype: dtype of the output.
       interpret: run as plain JAX, on any platform.
+      window, cap: see `AttentionInputs`.
     """
 
     keys: int
@@ -71,6 +83,8 @@ class KernelConfig(NamedTuple):
     mean_causal_offset: int | None
     out_dtype: Any
     interpret: bool
+    window: int = 0
+    cap: float = 0.0
 
 
 class KernelInputs(NamedTuple):
@@ -78,8 +92,8 @@ class KernelInputs(NamedTuple):
 
     Attributes:
       query: [R, P, H, L, K].
-      key: [R, P, H, S, K].
-      value: [R, P, H, S, V].
+      key: [R, P, G, S, K].
+      value: [R, P, G, S, V].
       position_query: float32[1 or P, 1 or H, L, F], or None.
       position_key: float32[1 or P, 1 or H, S, F], or None.
       causal_offset: int32[P], as in `AttentionInputs`.
@@ -191,6 +205,8 @@ def _kernel_inputs(
         mean_causal_offset=inputs.mean_causal_offset,
         out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
+        window=inputs.window,
+        cap=inputs.cap,
     )
     return kernel_inputs, config
 
@@ -338,49 +354,112 @@ def _resumed_backward(config: KernelConfig, saved: Any, d_out: jax.Array) -> tup
 _resumed.defvjp(_resumed_forward, _resumed_backward)
 
 
+class _Step(NamedTuple):
+    """What a grid step computes: query block i of a query head against key block j of the key head that it reads.
+
+    Attributes:
+      query_head: index of the query head.
+      key_head: index of the key head.
+      i: index of the query block.
+      j: index of the key block.
+      of_head: index of the step among those of its query head and outer block.
+    """
+
+    query_head: Any
+    key_head: Any
+    i: Any
+    j: Any
+    of_head: Any
+
+
 class _KernelCall:
     """A `pallas_call` over the grid (groups of samples, position sets, heads, outer blocks, inner blocks).
 
-    The kernel accumulates over the inner blocks. Tiles that the causal mask hides are neither computed nor loaded: their
-    index is clamped to the nearest tile that is needed.
+    The kernel accumulates over the inner blocks. Tiles that the causal mask or the window hides are neither computed nor loaded:
+    their index is clamped to the nearest tile that is needed. With a window, inner blocks begin at the first that is needed.
 
     Attributes:
-      keys_outer: outer blocks are of keys and inner ones of queries; else the other way round.
+      keys_outer: outer blocks are of keys, heads those of keys, and inner blocks those of all query heads that read one; else
+        outer blocks and heads are of queries and inner blocks of keys.
+      steps: inner blocks of a query head.
     """
 
     def __init__(self, inputs: KernelInputs, config: KernelConfig, keys_outer: bool):
         self.inputs, self.config, self.keys_outer = inputs, config, keys_outer
-        groups, num_sets, heads = inputs.query.shape[0] // config.samples, *inputs.query.shape[1:3]
-        self.num_q = inputs.query.shape[3] // config.block_q
-        self.num_k = inputs.key.shape[3] // config.block_k
-        blocks = (self.num_k, self.num_q) if keys_outer else (self.num_q, self.num_k)
-        self.grid = (groups, num_sets, heads, *blocks)
+        (samples, num_sets, heads, length, _), key_heads = inputs.query.shape, inputs.key.shape[2]
+        self.num_q, self.num_k = length // config.block_q, inputs.key.shape[3] // config.block_k
+        self.group = heads // key_heads
+        inner, of_outer, of_inner = self.num_k, config.block_q, config.block_k
+        if keys_outer:
+            inner, of_outer, of_inner = self.num_q, config.block_k, config.block_q
+        if (
+            config.window
+        ):  # window + of_outer - 1 rows meet an outer block, and their first is anywhere in an inner block
+            inner = min(inner, (config.window + of_outer - 2) // of_inner + 2)
+        self.steps = inner
+        outer = (key_heads, self.num_k, self.group * inner) if keys_outer else (heads, self.num_q, inner)
+        self.grid = (samples // config.samples, num_sets, *outer)
 
-    def _blocks(self, set_: Any, outer: Any, inner: Any, causal_offset: Any) -> tuple[Any, Any]:
-        """Returns the indices (i, j) of the query block and the key block that a grid step loads."""
+    def step(self, set_: Any, head: Any, outer: Any, inner: Any, causal_offset: Any) -> _Step:
+        """Returns what a grid step computes; with a window, blocks may be beyond the last."""
+        of_head = inner if not self.keys_outer or self.group == 1 else jax.lax.rem(inner, jnp.int32(self.steps))
+        block = of_head
+        if self.config.window:
+            block = block + self._bounds(outer, causal_offset[set_])[0]
+        if self.keys_outer:
+            query_head = head
+            if self.group > 1:
+                query_head = head * self.group + jax.lax.div(inner, jnp.int32(self.steps))
+            return _Step(query_head, head, block, outer, of_head)
+        key_head = head if self.group == 1 else jax.lax.div(head, jnp.int32(self.group))
+        return _Step(head, key_head, outer, block, of_head)
+
+    def _bounds(self, outer: Any, causal_offset: Any) -> tuple[Any, Any]:
+        """Returns the first and the last inner block that a causal outer block needs, if any; they may be beyond the last of all.
+
+        None stands for the first or the last of all.
+        """
         config = self.config
-        i, j = (inner, outer) if self.keys_outer else (outer, inner)
-        if config.causal and self.keys_outer:
-            first = jax.lax.div(jnp.maximum(j * config.block_k - causal_offset[set_], 0), jnp.int32(config.block_q))
-            i = jnp.minimum(jnp.maximum(i, first), self.num_q - 1)
-        elif config.causal:
-            last_key = jnp.maximum(causal_offset[set_] + (i + 1) * config.block_q - 1, 0)
-            j = jnp.minimum(jnp.minimum(j, jax.lax.div(last_key, jnp.int32(config.block_k))), self.num_k - 1)
-        return i, j
+        if self.keys_outer:
+            first_key = outer * config.block_k
+            first = jax.lax.div(jnp.maximum(first_key - causal_offset, 0), jnp.int32(config.block_q))
+            if not config.window:
+                return first, None
+            last_query = first_key + config.block_k - 1 - causal_offset + config.window - 1
+            return first, jax.lax.div(jnp.maximum(last_query, 0), jnp.int32(config.block_q))
+        first_query = outer * config.block_q + causal_offset
+        last = jax.lax.div(jnp.maximum(first_query + config.block_q - 1, 0), jnp.int32(config.block_k))
+        if not config.window:
+            return None, last
+        return jax.lax.div(jnp.maximum(first_query - config.window + 1, 0), jnp.int32(config.block_k)), last
+
+    def _loaded(self, set_: Any, head: Any, outer: Any, inner: Any, causal_offset: Any) -> _Step:
+        """Returns the step whose blocks a grid step loads."""
+        step = self.step(set_, head, outer, inner, causal_offset)
+        if not self.config.causal:
+            return step
+        first, last = self._bounds(outer, causal_offset[set_])
+        block = step.i if self.keys_outer else step.j
+        block = block if first is None else jnp.maximum(block, first)
+        block = block if last is None else jnp.minimum(block, last)
+        block = jnp.minimum(block, (self.num_q if self.keys_outer else self.num_k) - 1)
+        return step._replace(i=block) if self.keys_outer else step._replace(j=block)
 
     def query_spec(self, width: int) -> pl.BlockSpec:
         """Returns the spec of a query block of [R, P, H, L, width]."""
 
         def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
-            return group, set_, head, self._blocks(set_, outer, inner, causal_offset)[0], 0
+            step = self._loaded(set_, head, outer, inner, causal_offset)
+            return group, set_, step.query_head, step.i, 0
 
         return pl.BlockSpec((self.config.samples, None, None, self.config.block_q, width), index)
 
     def key_spec(self, width: int) -> pl.BlockSpec:
-        """Returns the spec of a key block of [R, P, H, S, width]."""
+        """Returns the spec of a key block of [R, P, G, S, width]."""
 
         def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
-            return group, set_, head, self._blocks(set_, outer, inner, causal_offset)[1], 0
+            step = self._loaded(set_, head, outer, inner, causal_offset)
+            return group, set_, step.key_head, step.j, 0
 
         return pl.BlockSpec((self.config.samples, None, None, self.config.block_k, width), index)
 
@@ -388,7 +467,8 @@ class _KernelCall:
         """Returns the spec of one number per query of a block, [R, P, H, 1, L]."""
 
         def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
-            return group, set_, head, 0, self._blocks(set_, outer, inner, causal_offset)[0]
+            step = self._loaded(set_, head, outer, inner, causal_offset)
+            return group, set_, step.query_head, 0, step.i
 
         return pl.BlockSpec((self.config.samples, None, None, 1, self.config.block_q), index)
 
@@ -397,16 +477,17 @@ class _KernelCall:
         num_sets, heads, _, width = field.shape
 
         def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
-            block = self._blocks(set_, outer, inner, causal_offset)[of_keys]
-            return set_ if num_sets > 1 else 0, head if heads > 1 else 0, block, 0
+            step = self._loaded(set_, head, outer, inner, causal_offset)
+            block = step.j if of_keys else step.i
+            return set_ if num_sets > 1 else 0, step.query_head if heads > 1 else 0, block, 0
 
         return pl.BlockSpec((None, None, self.config.block_k if of_keys else self.config.block_q, width), index)
 
     def per_step_spec(self, block: int, width: int) -> pl.BlockSpec:
-        """Returns the spec of an outer block of [groups, P, H, L or S, F]: a result for each group of samples and head."""
+        """Returns the spec of an outer block of [groups, P, H, L or S, F]: a result for each group of samples and query head."""
 
         def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
-            return group, set_, head, outer, 0
+            return group, set_, self.step(set_, head, outer, inner, causal_offset).query_head, outer, 0
 
         return pl.BlockSpec((None, None, None, block, width), index)
 
@@ -414,7 +495,7 @@ class _KernelCall:
         """Returns the results.
 
         Args:
-          kernel: function of (tile, is_first, is_last, refs of query, key, value, of `extra`, of results, of scratch).
+          kernel: function of (tile, refs of query, key, value, of `extra`, of results, of scratch).
           extra: [(spec, array)] of further inputs.
           results: [(spec, shape and dtype)].
           scratch: shapes of float32 accumulators in VMEM.
@@ -431,7 +512,7 @@ class _KernelCall:
             loaded += [(self.position_spec(inputs.position_key, True), inputs.position_key)]
         loaded += extra
         return pl.pallas_call(
-            functools.partial(_run_kernel, kernel, config, has_position, self.keys_outer, self.grid[-1]),
+            functools.partial(_run_kernel, kernel, self, has_position),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=self.grid,
@@ -451,26 +532,28 @@ class _Tile:
 
     Attributes:
       transposed: rows are keys and columns queries, as `_dkv_kernel` needs them.
-      needed: scalar bool, True if the causal mask leaves any logit.
+      needed: scalar bool, True if the causal mask and the window leave any logit.
+      is_first, is_last: scalar bool, the step is the first or last of its outer block.
+      is_first_of_head, is_last_of_head: the same of its query head and outer block.
     """
 
     def __init__(
-        self,
-        config: KernelConfig,
-        causal_offset: Any,
-        dropout_indices: Any,
-        position_query: Any,
-        position_key: Any,
-        keys_outer,
+        self, call: _KernelCall, causal_offset: Any, dropout_indices: Any, position_query: Any, position_key: Any
     ):
-        self.config, self.transposed, self.dropout_indices = config, keys_outer, dropout_indices
-        self.group, self.set, self.head, outer, inner = (pl.program_id(axis) for axis in range(5))
-        i, j = (inner, outer) if keys_outer else (outer, inner)
-        self.first_query, self.first_key = i * config.block_q, j * config.block_k
+        config = self.config = call.config
+        self.transposed, self.dropout_indices = call.keys_outer, dropout_indices
+        self.group, self.set, head, outer, inner = (pl.program_id(axis) for axis in range(5))
+        step = call.step(self.set, head, outer, inner, causal_offset)
+        self.is_first, self.is_last = inner == 0, inner == call.grid[-1] - 1
+        self.is_first_of_head, self.is_last_of_head = step.of_head == 0, step.of_head == call.steps - 1
+        self.head, self.first_query, self.first_key = step.query_head, step.i * config.block_q, step.j * config.block_k
         self.causal_offset = causal_offset[self.set]
         self.position_query, self.position_key = position_query, position_key
-        last_key = self.causal_offset + self.first_query + config.block_q - 1
-        self.needed = self.first_key <= last_key if config.causal else True
+        first_row = self.causal_offset + self.first_query
+        self.needed = self.first_key <= first_row + config.block_q - 1 if config.causal else True
+        if config.window:
+            self.needed &= self.first_key + config.block_k > first_row - config.window + 1
+            self.needed &= (step.i < call.num_q) & (step.j < call.num_k)
 
     def _indices(self) -> tuple[jax.Array, jax.Array]:
         """Returns the query and key index of every logit of the tile, int32."""
@@ -492,18 +575,20 @@ class _Tile:
             bias = _dot(*sides, (1, 1), exact=True)
         query, key = self._indices()
         if self.config.causal:
-            masked = key > self.causal_offset + query
+            masked = is_masked(self.causal_offset + query, key, self.config.window)
         if self.config.keys % self.config.block_k:
             padding = key >= self.config.keys
             masked = padding if masked is None else masked | padding
         return bias, masked
 
     def logits(self, query: jax.Array, key: jax.Array, shared: tuple[jax.Array | None, jax.Array | None]) -> jax.Array:
-        """Returns the logits of one sample, float32; shared: from `shared_logits`."""
-        bias, masked = shared
+        """Returns the logits of one sample after the cap, without the mask, float32; shared: from `shared_logits`."""
         logits = _dot(key, query, (1, 1)) if self.transposed else _dot(query, key, (1, 1))
-        logits = logits if bias is None else logits + bias
-        return logits if masked is None else jnp.where(masked, MASK_VALUE, logits)
+        return cap_logits(logits if shared[0] is None else logits + shared[0], self.config.cap)
+
+    def mask(self, logits: jax.Array, shared: tuple[jax.Array | None, jax.Array | None]) -> jax.Array:
+        """Returns logits in which those of hidden keys are masked; shared: from `shared_logits`."""
+        return logits if shared[1] is None else jnp.where(shared[1], MASK_VALUE, logits)
 
     def dropout_mask(self, n: int) -> jax.Array:
         """Returns the multiplier of the weights of sample `n` of the step."""
@@ -527,21 +612,13 @@ def _dot(left: jax.Array, right: jax.Array, contract: tuple[int, int], exact: bo
 
 
 def _run_kernel(
-    kernel: Any,
-    config: KernelConfig,
-    has_position: bool,
-    keys_outer: bool,
-    num_steps: int,
-    causal_offset: Any,
-    dropout_indices: Any,
-    *refs: Any,
+    kernel: Any, call: _KernelCall, has_position: bool, causal_offset: Any, dropout_indices: Any, *refs: Any
 ) -> None:
-    """Calls a kernel with its tile, and whether the step is the first or last of the inner blocks."""
+    """Calls a kernel with its tile."""
     query, key, value, *rest = refs
     position_query, position_key = (rest.pop(0), rest.pop(0)) if has_position else (None, None)
-    step = pl.program_id(4)
-    tile = _Tile(config, causal_offset, dropout_indices, position_query, position_key, keys_outer)
-    kernel(tile, step == 0, step == num_steps - 1, query, key, value, *rest)
+    tile = _Tile(call, causal_offset, dropout_indices, position_query, position_key)
+    kernel(tile, query, key, value, *rest)
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -549,10 +626,10 @@ def _column(row: jax.Array) -> jax.Array:
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 
-def _forward_kernel(tile, is_first, is_last, query, key, value, out, lse, m, normalizer, acc) -> None:
+def _forward_kernel(tile, query, key, value, out, lse, m, normalizer, acc) -> None:
     """Online softmax: running maximum m and normalizer of each query (the same in every lane), unnormalized output acc."""
 
-    @pl.when(is_first)
+    @pl.when(tile.is_first)
     def _():
         m[...] = jnp.full_like(m, MASK_VALUE)
         normalizer[...] = jnp.zeros_like(normalizer)
@@ -562,7 +639,7 @@ def _forward_kernel(tile, is_first, is_last, query, key, value, out, lse, m, nor
     def _():
         shared = tile.shared_logits()
         for n in range(tile.config.samples):
-            logits = tile.logits(query[n], key[n], shared)
+            logits = tile.mask(tile.logits(query[n], key[n], shared), shared)
             m_old = m[n][:, :1]
             m_new = jnp.maximum(m_old, logits.max(axis=1, keepdims=True))
             p, alpha = jnp.exp(logits - m_new), jnp.exp(m_old - m_new)
@@ -572,15 +649,18 @@ def _forward_kernel(tile, is_first, is_last, query, key, value, out, lse, m, nor
                 p = p * tile.dropout_mask(n)
             acc[n] = acc[n] * alpha + _dot(p.astype(value.dtype), value[n], (1, 0))
 
-    @pl.when(is_last)
+    @pl.when(tile.is_last)
     def _():
         for n in range(tile.config.samples):
-            out[n] = (acc[n] / normalizer[n][:, :1]).astype(out.dtype)
-            lse[n] = (m[n] + jnp.log(normalizer[n])).T[:1]
+            total = normalizer[n]
+            if tile.config.window:  # a part of the keys may be outside of all windows
+                total = jnp.where(total > 0, total, 1.0)
+            out[n] = (acc[n] / total[:, :1]).astype(out.dtype)
+            lse[n] = (m[n] + jnp.log(total)).T[:1]
 
 
 def _zero(is_first, accumulators) -> None:
-    """Sets the accumulators to zero at the first inner block."""
+    """Sets accumulators to zero at their first step."""
 
     @pl.when(is_first)
     def _():
@@ -589,7 +669,7 @@ def _zero(is_first, accumulators) -> None:
 
 
 def _store(is_last, results, accumulators) -> None:
-    """Writes the accumulators into the results after the last inner block."""
+    """Writes accumulators into the results after their last step."""
 
     @pl.when(is_last)
     def _():
@@ -597,52 +677,59 @@ def _store(is_last, results, accumulators) -> None:
             result[...] = accumulator[...].astype(result.dtype)
 
 
-def _dq_kernel(tile, is_first, is_last, query, key, value, d_out, lse, delta, *rest) -> None:
+def _dq_kernel(tile, query, key, value, d_out, lse, delta, *rest) -> None:
     """Gradients of queries and position_query, accumulated over key blocks."""
     results, accumulators = rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
-    _zero(is_first, accumulators)
+    _zero(tile.is_first, accumulators)
 
     @pl.when(tile.needed)
     def _():
         shared, ds_total = tile.shared_logits(), 0.0
         for n in range(tile.config.samples):
-            p = jnp.exp(tile.logits(query[n], key[n], shared) - _column(lse[n]))
+            logits = tile.logits(query[n], key[n], shared)
+            p = jnp.exp(tile.mask(logits, shared) - _column(lse[n]))
             d_p = _dot(d_out[n], value[n], (1, 1))
             if tile.config.dropout:
                 d_p = d_p * tile.dropout_mask(n)
-            ds = p * (d_p - _column(delta[n]))
+            ds = p * (d_p - _column(delta[n])) * cap_slope(logits, tile.config.cap)
             accumulators[0][n] += _dot(ds.astype(key.dtype), key[n], (1, 0))
             ds_total = ds_total + ds
         if tile.position_query is not None:
             accumulators[1][...] += _dot(ds_total, tile.position_key[...], (1, 0), exact=True)
 
-    _store(is_last, results, accumulators)
+    _store(tile.is_last, results, accumulators)
 
 
-def _dkv_kernel(tile, is_first, is_last, query, key, value, d_out, lse, delta, *rest) -> None:
-    """Gradients of keys, values and position_key, accumulated over query blocks; tiles are transposed, [keys, queries]."""
+def _dkv_kernel(tile, query, key, value, d_out, lse, delta, *rest) -> None:
+    """Gradients of keys, values and position_key, accumulated over query blocks; tiles are transposed, [keys, queries].
+
+    Those of keys and values are sums over all query heads that read them.
+    """
     results, accumulators = rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
-    _zero(is_first, accumulators)
+    _zero(tile.is_first, accumulators[:2])
+    _zero(tile.is_first_of_head, accumulators[2:])
 
     @pl.when(tile.needed)
     def _():
         shared, ds_total = tile.shared_logits(), 0.0
         for n in range(tile.config.samples):
-            p = jnp.exp(tile.logits(query[n], key[n], shared) - lse[n])
+            logits = tile.logits(query[n], key[n], shared)
+            p = jnp.exp(tile.mask(logits, shared) - lse[n])
             d_p, p_dropped = _dot(value[n], d_out[n], (1, 1)), p
             if tile.config.dropout:
                 mask = tile.dropout_mask(n)
                 d_p, p_dropped = d_p * mask, p * mask
-            ds = p * (d_p - delta[n])
+            ds = p * (d_p - delta[n]) * cap_slope(logits, tile.config.cap)
             accumulators[0][n] += _dot(ds.astype(query.dtype), query[n], (1, 0))
             accumulators[1][n] += _dot(p_dropped.astype(d_out.dtype), d_out[n], (1, 0))
             ds_total = ds_total + ds
         if tile.position_query is not None:
             accumulators[2][...] += _dot(ds_total, tile.position_query[...], (1, 0), exact=True)
 
-    _store(is_last, results, accumulators)
+    _store(tile.is_last, results[:2], accumulators[:2])
+    _store(tile.is_last_of_head, results[2:], accumulators[2:])
 
 
 # Kernel -> number of products per tile over the width of queries and keys, of values, and of position queries.
@@ -652,7 +739,7 @@ PRODUCTS = {_forward_kernel: (1, 1, 1), _dq_kernel: (2, 1, 2), _dkv_kernel: (2, 
 def cost_estimate(kernel: Any, inputs: KernelInputs, config: KernelConfig, moved: list[Any]) -> pl.CostEstimate:
     """Returns the cost of a kernel call on one device, for XLA's scheduler, which cannot see into kernels.
 
-    Tiles that the causal mask hides are left out, under the assumption that the last query meets the last key. That is so
+    Tiles that the causal mask or the window hides are left out, under the assumption that the last query meets the last key. That is so
     on the device that holds the last part of the queries, for which the others wait. Where devices have equal work, the mean
     of their offsets is known (`KernelConfig.mean_causal_offset`).
 
@@ -670,6 +757,8 @@ def cost_estimate(kernel: Any, inputs: KernelInputs, config: KernelConfig, moved
         blocks = keys // config.block_k
         if config.causal:
             blocks = min(blocks, (offset + row + config.block_q - 1) // config.block_k + 1)
+        if config.window:
+            blocks = max(0, blocks - max(0, offset + row - config.window + 1) // config.block_k)
         pairs += config.block_q * config.block_k * blocks
     of_width, of_values, of_features = PRODUCTS[kernel]
     calls = math.prod(samples) * heads
