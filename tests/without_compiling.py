@@ -40,8 +40,8 @@ def _run_there(main):
 def _no_state(self):
     """No state: what it would begin with is read all the same."""
     if self.config.init_from:
-        warm_start.load_params(self.config, self.mesh, self.abstract_state.params)
-    return object()
+        _ = warm_start.open_source(self.config, self.abstract_state.params).source.params
+    return object(), ()
 
 
 def _measured(model, *_):

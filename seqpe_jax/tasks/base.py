@@ -115,6 +115,7 @@ class Task(abc.ABC):
       data_spec: data spec (vocabulary size, classes, channels).
       example: shape and dtype of each array of a training example.
       count_per_step: tokens or images of a training step.
+      new_classes: the classes are others than those of the model that the run begins with (config.init_from).
     """
 
     kind: ClassVar[str]
@@ -132,6 +133,7 @@ class Task(abc.ABC):
     data_spec: DataSpec
     example: dict[str, jax.ShapeDtypeStruct]
     count_per_step: int
+    new_classes: bool = False
 
     @abc.abstractmethod
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.axes import size_label
-from seqpe_jax.config import Config, check_size
+from seqpe_jax.config import Config, ModelConfig, check_size
 from seqpe_jax.data import images, loader, registry
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
@@ -34,7 +34,8 @@ class ImageClassification(Task):
       config: config of the run.
       data_available: whether the data can be read; if not, the number of classes must be known.
       run_dir: folder of the run whose data spec the model has, and whose class names give labels their order; "" = a new
-        run, in the data's own order.
+        run, in the data's own order. A new run that begins with that run's parameters (config.init_from) has its own classes
+        where its data have some that the other run does not know.
 
     Raises:
       InputError: the number of classes is unknown and the training split cannot be read; the run's class names cannot be
@@ -50,7 +51,13 @@ class ImageClassification(Task):
         self.config = config
         self._names = RunDir(run_dir).class_names if run_dir else None
         self._run_dir = run_dir
-        self.data_spec = known_data_spec(config, run_dir)
+        own_classes = self._own_classes() if data_available and run_dir and str(run_dir) == config.init_from else 0
+        if own_classes:
+            self._names, self._run_dir, self.new_classes = None, "", True
+            pixels = known_data_spec(dataclasses.replace(config, model=ModelConfig()), run_dir)
+            self.data_spec = dataclasses.replace(pixels, classes=config.model.classes or own_classes)
+        else:
+            self.data_spec = known_data_spec(config, run_dir)
         if not self.data_spec.classes and not data_available:
             raise InputError(
                 f"data.name='{config.data.name}' takes its classes from its files, which are not read here: set model.classes to their number"
@@ -78,16 +85,7 @@ class ImageClassification(Task):
           InputError: the data cannot be read; they have a class that the run does not know, other channels or more
             classes than the model.
         """
-        data, data_spec = self.config.data, self.data_spec
-        found = images.image_source(
-            data.name,
-            split=split,
-            paths=data.paths,
-            cache_dir=data.cache_dir,
-            progress=is_main_process(),
-            bit_depth=data.bit_depth,
-            prepared=data.prepared,
-        )
+        found, data, data_spec = self._images(split), self.config.data, self.data_spec
         if found.channels != data_spec.channels:
             raise InputError(
                 f"{data.name} has images of {found.channels} channel(s), but the model reads {data_spec.channels}: evaluate it "
@@ -105,6 +103,27 @@ class ImageClassification(Task):
                 f"{data.name} has {found.classes} classes, but the model only {data_spec.classes} (model.classes)"
             )
         return found
+
+    @functools.cache  # noqa: B019  as `source`
+    def _images(self, split: str) -> Any:
+        """The images of a split, with the labels of the data."""
+        data = self.config.data
+        return images.image_source(
+            data.name,
+            split=split,
+            paths=data.paths,
+            cache_dir=data.cache_dir,
+            progress=is_main_process(),
+            bit_depth=data.bit_depth,
+            prepared=data.prepared,
+        )
+
+    def _own_classes(self) -> int:
+        """The number of the data's classes, if the run that this one begins with has others; else 0."""
+        found, stored = self._images("train"), RunDir(self._run_dir).data_spec
+        if self._names is not None:
+            return 0 if set(found.class_names) <= set(self._names) else found.classes
+        return found.classes if stored is not None and stored.classes != found.classes else 0
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -151,6 +170,8 @@ class ImageClassification(Task):
 
     def check_assets(self, workdir: str | os.PathLike) -> None:
         """Raises InputError if the classes, or their order, are others than the run began with."""
+        if self.new_classes and str(workdir) == self.config.init_from:
+            return
         names = RunDir(workdir).class_names
         if names is not None and names != self.class_names:
             pairs = itertools.zip_longest(self.class_names, names, fillvalue="no class")

@@ -328,7 +328,7 @@ class Checkpointer:
             stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(str(path))).tree["params"]
         except Exception as error:  # as in `restore`
             raise self._unreadable(step, error) from error
-        _check_shapes(path.parent, _shapes(stored), _shapes(params))
+        check_shapes(path.parent, _shapes(stored), _shapes(params))
         try:
             restored = _read(path, {"params": params}, partial=True)["params"]
         except Exception as error:  # as in `restore`
@@ -422,7 +422,17 @@ COUNTED = {
 }
 
 
-def _check_shapes(checkpoint: AnyPath, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_shapes(checkpoint: AnyPath, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuses a checkpoint of a model of other sizes.
+
+    Args:
+      checkpoint: its folder, for the message.
+      stored: shape of each of its parameters, by name.
+      wanted: shapes of the parameters that are wanted.
+
+    Raises:
+      InputError: names one whose shape differs.
+    """
     for name, (dimension, field, unit) in COUNTED.items():
         theirs, ours = stored.get(name), wanted.get(name)
         if theirs and ours and theirs[dimension] != ours[dimension]:

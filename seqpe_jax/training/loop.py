@@ -81,7 +81,7 @@ def train_and_evaluate(
     _check_space(trainer, run, saved)
     _print(f"{trainer.describe()}\n  workdir {run}")
     # A warm start reads its parameters before the folder is claimed, since they may not fit.
-    state = trainer.init_or_warm_start() if saved is None else None
+    state, start_lines = trainer.init_or_warm_start() if saved is None else (None, ())
 
     lock = (
         run.lock(functools.partial(processes.abort, 1)) if processes.is_main_process() else contextlib.nullcontext("")
@@ -111,8 +111,8 @@ def train_and_evaluate(
         if saved is None:
             if lines := run.read_metrics():
                 _print(f"  no checkpoint, though {lines[-1]['step']} steps were done: starting anew")
-            if trainer.config.init_from:
-                _print(f"  starting from {trainer.config.init_from}")
+            for line in start_lines:
+                _print(f"  {line}")
         else:
             state = checkpointer.restore(trainer.abstract_state, saved)
             check_finite(run.step_dir(saved), state.params)

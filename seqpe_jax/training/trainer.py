@@ -114,16 +114,29 @@ class Trainer:
         """Returns the state at step 0, initialized in its sharding."""
         return jax.jit(self.init_fn, out_shardings=self._state_shardings)()
 
-    def init_or_warm_start(self) -> TrainState:
-        """Returns the state at step 0, with the parameters of `config.init_from` if set.
+    def init_or_warm_start(self) -> tuple[TrainState, tuple[str, ...]]:
+        """Returns the state at step 0, with the parameters of `config.init_from` if set, and lines for the user on these.
 
         Raises:
           InputError: that checkpoint is missing, damaged or of other sizes.
         """
-        state = self.init_state()
         if not self.config.init_from:
-            return state
-        return state.replace(params=warm_start.load_params(self.config, self.mesh, self.abstract_state.params))
+            return self.init_state(), ()
+        start = warm_start.open_source(self.config, self.abstract_state.params, self.task.new_classes)
+        _ = start.source.params  # before anything is drawn, since they may be damaged
+        state = self.init_state()
+        state = state.replace(params=start.params(state.params))
+        lines, losses = [start.describe()], None
+        if start.losses_differ:
+            _, batch = next(self.batches(0))
+            losses = start.losses(self.task, batch, self.model_spec, state.params)
+        if losses is not None:
+            moved = losses[1] - losses[0]
+            lines.append(
+                f"loss of the first batch, without dropout: {losses[0]:.4f} of {self.config.init_from}, {losses[1]:.4f} as this "
+                f"run begins ({moved:+.4f})"
+            )
+        return state, tuple(lines)
 
     def jit_train_step(self) -> TrainStep:
         """Returns the jitted train step with its shardings; it donates the state."""

@@ -1,20 +1,33 @@
-"""Warm start: a new run with the parameters of another checkpoint; loading them, and the fields that may differ."""
+"""Warm start: a new run that begins with the parameters of another model; what it takes of them, and what it draws anew.
+
+Everything but the position encoding must fit. An encoding that differs is drawn anew, with what it adds to the blocks of the
+model; learned tables are interpolated or cut to their new size, and the head of other classes is drawn anew.
+"""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import importlib
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from seqpe_jax import config as configs
 from seqpe_jax.config import CompatConfig, Config, EncodingConfig, ModelConfig, SeqPEConfig
 from seqpe_jax.distributed import sharding
+from seqpe_jax.encodings.absolute import resize_table
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
+from seqpe_jax.inference.compiled import CompiledModel
 from seqpe_jax.models import transformer
-from seqpe_jax.run_dir import RunDir
+from seqpe_jax.models.build import ModelSpec, Params
 from seqpe_jax.tasks import Task
-from seqpe_jax.training.checkpoint import Checkpointer, check_together
+from seqpe_jax.training.checkpoint import check_shapes
+from seqpe_jax.training.optimizer import is_of_encoding
+from seqpe_jax.trees import flatten_dict
 
 # Fields that may differ from those of the checkpoint: parameters do not depend on them.
 FREE_ENCODING = {
@@ -33,6 +46,8 @@ FREE_ENCODING = {
     "yarn_beta_fast",
     "yarn_beta_slow",  # within the lengths of training these change nothing
 }
+# Fields that add something next to the encoding's own parameters, which mean the same with and without.
+PARTS = {"gate", "rotary_pairs", "rotary_heads", "theta", "scaling", "resize"}
 FREE_MODEL = {
     "dropout",
     "attention_dropout",
@@ -50,81 +65,219 @@ FREE_MODEL = {
     "vocabulary",
     "classes",
 }
+TABLE = "encoding/table"  # of learned positions
+HEAD = "model/head/"  # of an image's classes
+GATE = "fading"  # parameters of a gate in each block
 
 
-def load_params(config: Config, mesh: jax.sharding.Mesh, abstract_params: Any) -> Any:
-    """Returns the parameters of the newest checkpoint of `config.init_from`.
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+    """The model that a new run begins with, and what the run takes of its parameters.
+
+    Attributes:
+      config: config of the new run.
+      source: the other model, a `seqpe_jax.Model`.
+      targets: shapes, dtypes and shardings of the run's parameters.
+      shapes: shape of each parameter of the source, by name, stacked over layers as the run's are.
+      kept: names of the parameters that are taken as they are.
+      resized: names of the tables that are interpolated or cut.
+      changes: `field: old -> new` of the encoding's fields that differ and on which its parameters depend.
+    """
+
+    config: Config
+    source: Any
+    targets: Params
+    shapes: dict[str, tuple[int, ...]]
+    kept: frozenset[str]
+    resized: frozenset[str]
+    changes: tuple[str, ...]
+
+    def params(self, drawn: Params) -> Params:
+        """Returns the parameters that the run begins with.
+
+        Args:
+          drawn: fresh parameters of the run, {"encoding": ..., "model": ...}, float32; they stay as they are where the source
+            has none that fit.
+        """
+        stored = flatten_dict(self._in_layout(self.source.params))
+        prefix = self.config.dims.prefix_tokens
+        resize = functools.partial(_resized, old=self.source.config.grid, new=self.config.grid, prefix=prefix)
+
+        def choose(path: Any, fresh: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if name in self.kept:
+                return jax.device_put(stored[name], target.sharding)
+            if name in self.resized:
+                return jax.jit(resize, out_shardings=target.sharding)(stored[name])
+            return fresh
+
+        return jax.tree_util.tree_map_with_path(choose, drawn, self.targets)
+
+    def describe(self) -> str:
+        """Returns one line on what is kept, drawn and dropped."""
+        targets = {name: leaf.size for name, leaf in flatten_dict(self.targets).items()}
+        stored = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
+        kept = sum(targets[name] for name in self.kept)
+        drawn = {name: size for name, size in targets.items() if name not in self.kept | self.resized}
+        dropped = {name: size for name, size in stored.items() if name not in targets}
+        parts = [f"keeps {'all ' * (len(self.kept) == len(stored))}{kept:,} parameters"]
+        for verb, sizes in (("draws", drawn), ("drops", dropped)):
+            if sizes:
+                parts.append(f"{verb} {sum(sizes.values()):,} ({', '.join(_parts_of_model(sizes))})")
+        if self.resized:
+            old, new = (int(np.prod(one.grid)) for one in (self.source.config, self.config))
+            verb = "cuts" if len(self.config.grid) == 1 and new < old else "interpolates"
+            parts.append(f"{verb} the learned table from {old} to {new} positions")
+        if self.replaces_head:
+            old, new = (shapes[f"{HEAD}kernel"][-1] for shapes in (self.shapes, _shapes_of(self.targets)))
+            parts.append(f"the head is drawn for {new} classes in place of {old}")
+        begins = f"starting from {self.config.init_from}"
+        if len(parts) == 1 and not self.changes:
+            return begins
+        return f"{begins}: {'; '.join([*parts, *self.changes])}"
+
+    @property
+    def replaces_head(self) -> bool:
+        """True if the head of the source's classes is not taken."""
+        return any(name.startswith(HEAD) and name not in self.kept for name in self.shapes)
+
+    @property
+    def losses_differ(self) -> bool:
+        """True if the new run may begin with another loss than the source has, which can be compared."""
+        return bool(self.changes or self.resized) and not self.replaces_head
+
+    def losses(
+        self, task: Task, batch: dict[str, Any], model_spec: ModelSpec, params: Params
+    ) -> tuple[float, float] | None:
+        """Returns the mean loss in nats of a batch under the source and under the new run's parameters.
+
+        Args:
+          task: task of the run.
+          batch: a training batch, laid out over the mesh.
+          model_spec: model of the run.
+          params: parameters of the run.
+
+        Returns:
+          (loss of the source, loss of the run); None if the source does not reach the positions of a training example.
+        """
+        grid, source = self.config.grid, self.source
+        reach = source.model_spec.max_grid
+        if reach is not None and any(side > most for side, most in zip(grid, reach, strict=True)):
+            return None
+        if isinstance(source.config.encoding, SeqPEConfig) and max(grid) > source.config.encoding.max_position:
+            return None
+        inputs = {name: batch[name] for name in ("tokens", "images", "labels") if name in batch}
+        weights = np.asarray(batch["weights"]) if "weights" in batch else None
+        found = []
+        for spec, own in ((source.model_spec, source.params), (model_spec, params)):
+            compiled = CompiledModel(spec, source.mesh)
+            signal = compiled.signal(own, grid)
+            losses = np.asarray(compiled.eval_step(task.task_loss)(own, signal, inputs)["loss"])
+            found.append(float(np.average(losses, weights=weights)))
+        return found[0], found[1]
+
+    def _in_layout(self, params: Params) -> Params:
+        """The source's parameters, one array per layer or stacked over layers as the run has them."""
+        convert = _layout_change(self.source.config.model, self.config.model)
+        if convert is None:
+            return params
+        shapes = jax.eval_shape(convert, params)
+        targets = sharding.abstract_state_with_shardings(self.source.mesh, {"params": shapes})[0]["params"]
+        return jax.jit(convert, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, targets))(params)
+
+
+def open_source(config: Config, targets: Params, new_classes: bool = False) -> WarmStart:
+    """Opens the model of `config.init_from`, whose parameters are read later, and finds what a new run takes of them.
 
     Args:
       config: config of the new run.
-      mesh: devices.
-      abstract_params: shapes, dtypes and shardings of the parameters.
+      targets: shapes, dtypes and shardings of its parameters.
+      new_classes: its classes are others than the model's, even if equally many (`Task.new_classes`).
 
     Raises:
-      InputError: the checkpoint is missing, damaged or of other sizes.
+      InputError: the folder holds no model, it is damaged, or parameters other than the encoding's have other sizes.
     """
-    checkpointer = Checkpointer(config.init_from, create=False)
-    check_together(checkpointer.run)
-    model, source_scans = config.model, checkpointer.run.config.model.scan
-    if source_scans == model.scan:
-        params, _ = checkpointer.restore_params(abstract_params)
-    else:  # convert between one array per layer and arrays stacked over layers
-        to_source, from_source = transformer.unstack_layers, transformer.stack_layers
-        if source_scans:
-            to_source, from_source = from_source, to_source
-
-        def convert(params: Any, change: Callable[[Any, int], Any]) -> Any:
-            return params | {"model": change(params["model"], model.layers)}
-
-        source_params = jax.eval_shape(lambda params: convert(params, to_source), abstract_params)
-        params, _ = checkpointer.restore_params(
-            sharding.abstract_state_with_shardings(mesh, {"params": source_params})[0]["params"]
-        )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
-        params = jax.jit(lambda params: convert(params, from_source), out_shardings=shardings)(params)
-    checkpointer.close()
-    return params
+    mesh = {
+        field.name: getattr(config.mesh, field.name)
+        for field in dataclasses.fields(config.mesh)
+        if field.name in configs.model_mesh_fields() and getattr(config.mesh, field.name) != field.default
+    }
+    # It lies above this package: it opens folders of every kind, also those of other programs.
+    source = importlib.import_module("seqpe_jax.loading").open_folder(config.init_from, mesh=mesh)
+    shapes = source.model_spec.shapes
+    convert = _layout_change(source.config.model, config.model)
+    stored = _shapes_of(shapes if convert is None else jax.eval_shape(convert, shapes))
+    wanted = _shapes_of(targets)
+    theirs, ours = _comparable(source.config), _comparable(config)
+    keeps_encoding, changes = _encoding_changes(theirs, ours)
+    both_learned = theirs.encoding.kind == ours.encoding.kind == "learned" and len(theirs.grid) == len(ours.grid)
+    kept, resized, fixed = set(), set(), {}
+    for name, shape in wanted.items():
+        same = stored.get(name) == shape
+        if not is_of_encoding(name):
+            if not name.startswith(HEAD):
+                fixed[name] = shape
+            if same and not (new_classes and name.startswith(HEAD)):
+                kept.add(name)
+            continue
+        meant = theirs.encoding.gate == ours.encoding.gate if GATE in name else keeps_encoding
+        if name == TABLE and both_learned:
+            (kept if theirs.grid == ours.grid else resized).add(name)
+        elif same and meant:
+            kept.add(name)
+    check_shapes(as_path(config.init_from), stored, fixed)
+    return WarmStart(config, source, targets, stored, frozenset(kept), frozenset(resized), tuple(changes))
 
 
 def check_source(config: Config, task: Task, checkpoint: str) -> None:
-    """Checks that the parameters of a checkpoint fit a new run.
+    """Checks that the parameters of a model, apart from its encoding's, fit a new run.
 
     Args:
       config: config of the new run.
       task: task of the new run.
-      checkpoint: folder of a run or converted checkpoint.
+      checkpoint: folder of a run, an export, or a converted or other program's checkpoint.
 
     Raises:
-      InputError: the folder is no run, or its encoding, model, tokenizer or classes differ; names the fields.
+      InputError: the folder holds no model, or its model, tokenizer or classes differ; names the fields.
     """
-    if not as_path(checkpoint).is_dir():
+    if not as_path(checkpoint).exists():
         raise InputError(
-            f"no such directory: {checkpoint} (--init-from takes a --workdir of `train` or an output of `convert`)"
+            f"no such directory: {checkpoint} (--init-from takes a --workdir of `train`, an output of `convert` or `export`, "
+            "or another program's checkpoint)"
         )
-    # With explicit lengths: their defaults depend on the training length, which may differ.
-    theirs, ours = (
-        configs.reset_unused(configs.with_resolved_lengths(one)) for one in (RunDir(checkpoint).config, config)
-    )
-    lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
-    digits = [one.encoding.num_digits for one in (theirs, ours) if isinstance(one.encoding, SeqPEConfig)]
-    if len(set(digits)) > 1:
-        lines.append(f"encoding.digits: {digits[0]} -> {digits[1]}")
-    lines += _differences("compat", theirs.compat, ours.compat, set())
-    lines += _differences("model", theirs.model, ours.model, FREE_MODEL)
-    if theirs.encoding.kind == ours.encoding.kind == "learned" and theirs.grid != ours.grid:
-        lines.append(f"positions of the table: {theirs.grid} -> {ours.grid}")
+    stored = importlib.import_module("seqpe_jax.loading").folder_config(checkpoint)
+    theirs, ours = _comparable(stored), _comparable(config)
+    lines = _differences("model", theirs.model, ours.model, FREE_MODEL)
     if len(theirs.grid) != len(ours.grid):
         lines.append(f"coordinates of a position: {len(theirs.grid)} -> {len(ours.grid)}")
     if lines:
         raise InputError(
-            f"--init-from={checkpoint}: its parameters belong to another config; it differs in {'; '.join(lines)}. Set "
-            "these fields to the values of the checkpoint"
+            f"--init-from={checkpoint}: its parameters belong to another model; it differs in {'; '.join(lines)}. Set "
+            f"these fields to the values of the checkpoint, or take its config: --config={checkpoint}"
         )
     if theirs.data.tokenizer == "bytes" != ours.data.tokenizer:
         raise InputError(
             f"--init-from={checkpoint} reads bytes, but data.tokenizer={ours.data.tokenizer}: set it to 'bytes'"
         )
     task.check_assets(checkpoint)
+
+
+def _comparable(config: Config) -> Config:
+    """A config with explicit lengths (their defaults depend on the training length), and without values that nothing reads."""
+    return configs.reset_unused(configs.with_resolved_lengths(config))
+
+
+def _encoding_changes(theirs: Config, ours: Config) -> tuple[bool, list[str]]:
+    """Returns whether the parameters of the encoding mean the same, and `field: theirs -> ours` of what differs."""
+    lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
+    keeps = {line.partition(":")[0].removeprefix("encoding.") for line in lines} <= PARTS
+    if theirs.encoding.kind != ours.encoding.kind and theirs.encoding.gate != ours.encoding.gate:
+        lines.append(f"encoding.gate: {theirs.encoding.gate} -> {ours.encoding.gate}")
+    digits = [one.encoding.num_digits for one in (theirs, ours) if isinstance(one.encoding, SeqPEConfig)]
+    compat = _differences("compat", theirs.compat, ours.compat, set())
+    if len(set(digits)) > 1:
+        lines.append(f"encoding.digits: {digits[0]} -> {digits[1]}")
+    return keeps and not compat and len(set(digits)) < 2, lines + compat
 
 
 def _differences(
@@ -136,3 +289,34 @@ def _differences(
     return configs.difference(
         {name: theirs_dict[name] for name in names}, {name: ours_dict[name] for name in names}, f"{section}."
     )
+
+
+def _layout_change(theirs: ModelConfig, ours: ModelConfig) -> Callable[[Params], Params] | None:
+    """Returns what converts between one array per layer and arrays stacked over layers; None where both have the same."""
+    if theirs.scan == ours.scan:
+        return None
+    change = transformer.stack_layers if ours.scan else transformer.unstack_layers
+    return lambda params: params | {"model": change(params["model"], ours.layers)}
+
+
+def _resized(table: jax.Array, old: tuple[int, ...], new: tuple[int, ...], prefix: int) -> jax.Array:
+    """Returns a learned table float32[prefix + P, D] of a grid of another size, as `encodings.absolute.Learned` reads it."""
+    first, entries = table[:prefix], table[prefix:].reshape(*old, -1)
+    if len(new) == 1 and new < old:
+        entries = entries[: new[0]]
+    else:
+        entries = resize_table(entries, new, "linear" if len(new) == 1 else "cubic")
+    return jnp.concatenate([first, entries.reshape(-1, table.shape[-1])])
+
+
+def _shapes_of(params: Params) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in flatten_dict(params).items()}
+
+
+def _parts_of_model(names: Iterable[str]) -> list[str]:
+    """Returns the modules that parameters belong to, such as "encoding/encoder" and "model/blocks/fading", each once."""
+    found = []
+    for name in names:
+        parts = re.sub(r"blocks_\d+|blocks/layers", "blocks", name).split("/")
+        found.append("/".join(parts[: 3 if parts[1] == "blocks" else 2]))
+    return list(dict.fromkeys(found))

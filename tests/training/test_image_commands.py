@@ -179,7 +179,7 @@ def test_train_refuses_folders_that_cannot_be_read(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_classes_go_by_name(few_examples, tmp_path):
+def test_classes_go_by_name(few_examples, tmp_path, capsys):
     def photos(root, *classes):
         for split in ("train", "validation", "test"):
             folder(root / split, **{name: 6 for name in classes})
@@ -200,8 +200,11 @@ def test_classes_go_by_name(few_examples, tmp_path):
         unknown = ("zcat", f"unknown to the run of {checkpoint}", "cat, dog, fox")
         assert 0 <= scores(checkpoint, some) <= 100
         in_one_line(lambda checkpoint=checkpoint: scores(checkpoint, other), *unknown)
-    third = lambda: train_and_evaluate(of_folder(other, **tuned), tmp_path / "third")  # noqa: E731
-    in_one_line(third, "zcat", f"unknown to the run of {first}")
+    third = tmp_path / "third"
+    train_and_evaluate(of_folder(other, **tuned), third)
+    assert json.loads((third / "classes.json").read_text()) == ["dog", "fox", "zcat"]
+    assert f"starting from {first}: keeps " in (printed := capsys.readouterr().out)
+    assert "draws 51 (model/head); the head is drawn for 3 classes in place of 3\n" in printed
     older(first)
     (first / "classes.json").unlink()  # as in runs of before: places in sorted order
     assert 0 <= scores(first, other) <= 100

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.config.encodings import all_fields
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import check_encoding
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks import LanguageModeling
 from seqpe_jax.training import trainer
 from seqpe_jax.training.trainer import Trainer
-from seqpe_jax.training.warm_start import check_source
 from tests.inference.test_export import vit_config
 from tests.tiny import tiny_config
 
@@ -70,55 +68,6 @@ def written(folder, settings, **encoding):
     values["encoding"] = {name: value for name, value in values["encoding"].items() if value is not None}
     RunDir(folder).write_config(values)
     return str(folder)
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("rotary_pairs", 2),
-        ("position_heads", 1),
-        ("feature_width", 3),
-        ("fraction_digits", 1),
-        ("resize", "interpolate"),
-        ("rotary_heads", 1),
-    ],
-)
-def test_a_warm_start_refuses_parameters_of_another_encoding(tmp_path, field, value):
-    pairs = PAIRS if field == "rotary_heads" else {}  # rotary heads need pairs
-    fields = pairs | {f"encoding__{field}": value}
-    run = Trainer.of(tiny_config(eval__lengths=(), **fields), jax.devices()[:1])
-    source = written(tmp_path, tiny_config(**pairs))
-    with pytest.raises(InputError, match=f"encoding.{field}: .* -> {value}"):
-        check_source(run.config, run.task, source)
-
-
-def test_a_warm_start_ignores_free_and_unused_fields(tmp_path):
-    run = Trainer.of(tiny_config(encoding__log_scaling=True), jax.devices()[:1])
-    check_source(run.config, run.task, written(tmp_path / "new", tiny_config()))
-    check_source(
-        run.config, run.task, written(tmp_path / "old", tiny_config(), log_scaling=None, resize=None, theta=100.0)
-    )
-    rotary = Trainer.of(tiny_config(variant="rotary"), jax.devices()[:1])
-    older_fields = all_fields() | {
-        "kind": "rotary",
-        "width": 96,
-        "qk": "multi",
-    }  # older runs stored those of all encodings
-    check_source(
-        rotary.config, rotary.task, written(tmp_path / "rotary", tiny_config(variant="rotary"), **older_fields)
-    )
-    with pytest.raises(InputError, match="encoding.theta: 100.0 -> 10000.0"):
-        check_source(
-            rotary.config, rotary.task, written(tmp_path / "other", tiny_config(variant="rotary"), theta=100.0)
-        )
-
-
-def test_a_warm_start_compares_resolved_lengths(tmp_path):
-    run = Trainer.of(tiny_config(variant="t5"), jax.devices()[:1])
-    check_source(run.config, run.task, written(tmp_path / "same", tiny_config(variant="t5")))
-    longer = written(tmp_path / "longer", tiny_config(variant="t5", data__length=256, eval__lengths=(256,)))
-    with pytest.raises(InputError, match="encoding.t5_buckets: 32 -> 16; encoding.t5_max_distance: 64 -> 16"):
-        check_source(run.config, run.task, longer)
 
 
 def test_the_step_projects_parameters_into_their_bounds(monkeypatch):
