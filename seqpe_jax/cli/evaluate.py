@@ -25,7 +25,7 @@ _SIZES = flags.DEFINE_list(
     "sizes", [], "image sizes, e.g. 224,384x512, of videos also 16x32x32 (default: those of the run's config)"
 )
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "which split to read")
-_DATA = flags.DEFINE_string("data", None, "read that data set instead of the run's, e.g. text_files (a data.name)")
+_DATA = flags.DEFINE_string("data", None, "read that data set instead of the run's, e.g. text (a data.name)")
 _PATHS = flags.DEFINE_list("paths", [], "with --data: its data.paths")
 _TOKENS = flags.DEFINE_integer("tokens", None, "score at most that many tokens per length (default: eval.tokens)")
 _TARGETS = flags.DEFINE_integer(
@@ -42,6 +42,7 @@ _LOSSY = flags.DEFINE_bool("lossy-tokenizer", False, "accept text that does not 
 _BIT_DEPTH = flags.DEFINE_integer(
     "bit-depth", None, "of grey values in an image folder's files of 16 bits (default: data.bit_depth)", 1, 16
 )
+_TEXT_KEY = flags.DEFINE_string("text-key", None, "field of a record that holds its text (default: data.text_key)")
 _OUTPUT = common.define_path(
     "output",
     "JSON file to write; arrays and answers go into the same folder",
@@ -85,7 +86,7 @@ def main() -> None:
     sizes = parse_sizes(_SIZES.value, "--sizes", f"0*{NUMBER}(x0*{NUMBER}){{0,2}}", wanted)
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
     if _PATHS.value and not _DATA.value:
-        raise InputError("--paths is the path of --data: give both, e.g. --data=text_files --paths=notes.txt")
+        raise InputError("--paths is the path of --data: give both, e.g. --data=text --paths=notes.txt")
     processes.enable_compilation_cache()
     folder = _CHECKPOINT.value
     request = EvalRequest(
@@ -101,6 +102,7 @@ def main() -> None:
         stride=_STRIDE.value,
         targets=_TARGETS.value,
         lossy=_LOSSY.value,
+        text_key=_TEXT_KEY.value,
         bit_depth=_BIT_DEPTH.value,
     )
     run = RunDir(folder)

@@ -55,6 +55,10 @@ class DataConfig:
     )
     length: int = _field(512, "tokens of a training window, or of prompt and answer", **limits.LENGTH, of=TEXT_LIKE)
     tokenizer: str = _field("bytes", "'bytes', or path of a Hugging Face tokenizer.json", path=True, of=TEXT_LIKE)
+    text_key: str = _field(
+        "text", "text: field of a record that holds its text; a.b = field b of field a", of=(DATA_TEXT,)
+    )
+    raw: bool = _field(False, "text_files: read files of JSON records as they are", of=(DATA_TEXT,))
     lossy_tokenizer: bool = _field(False, "accept text that does not come back from its tokens", of=TEXT_LIKE)
     prompt_weight: float = _field(0.0, "weight of the context's tokens in the loss", **limits.FRACTION, of=(DATA_QA,))
     question_weight: float = _field(

@@ -23,6 +23,7 @@ def check(config: Config) -> None:
     """Raises InputError if fields of a config contradict each other."""
     config.compat.check(config.encoding.kind)
     registry.get(config.data.name).check_paths(config.data.paths)
+    registry.get(config.data.name).check_options(config.data)
     if config.data.prepared and not config.is_qa:
         registry.get(config.data.name).check_prepared()
     if config.is_image:
@@ -308,11 +309,6 @@ def _check_images(config: Config) -> None:
             raise InputError(f"data.augment.{name} must be (low, high) with 0 < low <= high, got {pair}")
     if augment.crop_scale[1] > 1:
         raise InputError(f"data.augment.crop_scale is a fraction of the area, at most 1, got {augment.crop_scale}")
-    if data.bit_depth and not dataset.has_bit_depth:
-        readers = ", ".join(one.name for one in registry.DATASETS.values() if one.has_bit_depth)
-        raise InputError(
-            f"data.bit_depth={data.bit_depth} is not read by data.name='{data.name}', only by {readers}: leave it at 0"
-        )
     mixing = config.objective.mixing
     if (mixing.mixup or mixing.cutmix) and config.batch_size // config.optimizer.accumulate % 2:
         raise InputError("objective.mixing pairs images: the batch (batch_size / optimizer.accumulate) must be even")

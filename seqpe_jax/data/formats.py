@@ -80,8 +80,13 @@ def check_plain_text(head: bytes, name: str) -> None:
         raise InputError(f"{name} is {file_format}, but plain UTF-8 text is expected: {fix}, or leave it out")
 
 
-def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
+def check_text_file(file: pathlib.Path, option: str = "data.paths", *, raw: bool = False) -> None:
     """Refuses a file of a corpus that is another format than plain text, or JSON records.
+
+    Args:
+      file: path of the file.
+      option: the option that names it, for messages.
+      raw: accept JSON records as plain text (`data.raw`).
 
     Raises:
       InputError: see `check_plain_text`; or JSON records; or unreadable.
@@ -91,7 +96,7 @@ def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
         with open(file, "rb") as content:
             head = content.read(HEAD_BYTES)
             check_plain_text(head, name)
-            if strip_bom(head).lstrip()[:1] not in (b"{", b"["):
+            if raw or strip_bom(head).lstrip()[:1] not in (b"{", b"["):
                 return
             head += content.read(JSON_HEAD_BYTES - HEAD_BYTES)
             complete = not content.read(1)
@@ -101,8 +106,9 @@ def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
     if record is not None:
         fields = ", ".join(map(repr, list(record)[:5]))
         raise InputError(
-            f"{name} holds JSON records (fields {fields}), which would be trained on as raw JSON: write their text into a "
-            "plain UTF-8 file, or leave it out; questions with answers are read with data.name=qa_jsonl (docs/data.md)"
+            f"{name} holds JSON records (fields {fields}), which would be trained on as raw JSON: data.name=text reads the text "
+            "in field data.text_key of JSON lines, data.name=qa_jsonl questions with answers (docs/data.md); data.raw=True of "
+            "data.name=text_files reads the file as it is"
         )
 
 
@@ -121,10 +127,28 @@ def first_json_record(head: bytes, complete: bool) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             return None
         return record if isinstance(record, dict) and items[end:].lstrip()[:1] in (",", "]") else None
+    records = _json_objects(text, complete)
+    return records[0] if records is not None and len(records) > 1 else None
+
+
+def is_json_lines(head: bytes, complete: bool, named: bool) -> bool:
+    """True where the first lines of a file are JSON objects.
+
+    Args:
+      head: start of the file.
+      complete: `head` is the complete file.
+      named: the file's name says so: a single line, or one longer than `head`, then counts.
+    """
+    text = strip_bom(head).lstrip()
+    records = _json_objects(text, complete) if text.startswith(b"{") else None
+    return records is not None and (named or len(records) > 1)
+
+
+def _json_objects(text: bytes, complete: bool) -> list[dict[str, Any]] | None:
+    """Returns the objects of the first lines; None where a line is none."""
     lines = text.split(b"\n") if complete else text.split(b"\n")[:-1]  # the last one is cut
-    lines = [line for line in lines if line.strip()][:MAX_JSON_LINES]
     try:
-        records = [parse_json(line) for line in lines]
+        records = [parse_json(line) for line in [line for line in lines if line.strip()][:MAX_JSON_LINES]]
     except ValueError:
         return None
-    return records[0] if len(records) > 1 and all(isinstance(record, dict) for record in records) else None
+    return records if all(isinstance(record, dict) for record in records) else None

@@ -76,6 +76,7 @@ def prepare(
     shared = {"paths": data.paths, "cache_dir": data.cache_dir, "shard_bytes": shard_bytes, "processes": processes}
     if kind == registry.DATA_TEXT:
         settings = {"tokenizer": data.tokenizer, "accept_lossy": data.lossy_tokenizer}
+        settings["options"] = registry.get(data.name).options_of(data)
         return prepare_text(output, data.name, **shared, **settings, progress=progress)
     if kind == registry.DATA_IMAGE:
         return prepare_images(output, data.name, **shared, bit_depth=data.bit_depth, progress=progress)
@@ -95,6 +96,7 @@ def prepare_text(
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
     accept_lossy: bool = False,
+    options: base.Options = (),
     progress: bool = True,
 ) -> Counts:
     """Tokenizes all splits of a text data set into shards.
@@ -108,6 +110,7 @@ def prepare_text(
       shard_bytes: size of a shard in bytes.
       processes: number of processes that tokenize; 1 = this one.
       accept_lossy: accept a tokenizer that does not give the text back.
+      options: `registry.Dataset.options_of` the `data` section.
       progress: show progress bars and warnings on stderr.
 
     Returns:
@@ -123,7 +126,7 @@ def prepare_text(
     plan = {
         "format": shards.FORMAT,
         "data": name,
-        "source": builder.source_key(paths),
+        "source": builder.source_key(paths, options),
         "tokenizer": found.fingerprint,
         "tokenizer_name": found.name,
         "shard_bytes": shard_bytes,
@@ -132,7 +135,9 @@ def prepare_text(
         shards.begin(folder, plan)
         found.save(folder)
         with tmp_dir() as unused, _encoders(found, tokenizer, processes, accept_lossy) as encode_all:
-            data: TextBuilder = builder(paths=paths, downloads=cache_root(cache_dir) / "downloads", data_dir=unused)
+            data: TextBuilder = builder(
+                paths=paths, options=options, downloads=cache_root(cache_dir) / "downloads", data_dir=unused
+            )
             splits = {}
             for split, contents in data.contents().items():
                 records = (record for content in contents for record in data.examples(content))

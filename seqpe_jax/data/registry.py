@@ -6,7 +6,7 @@ A new data set is one builder class and one `register(Dataset(...))`; docs/exten
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from seqpe_jax.errors import InputError, suggest
 
@@ -22,7 +22,7 @@ IMAGE_LIKE = (DATA_IMAGE,)  # read as pixels; videos are among them
 # Unit in which the throughput of a run is counted, by kind of data.
 COUNT_NAMES: dict[str, str] = {DATA_TEXT: "tokens", DATA_QA: "tokens", DATA_IMAGE: "images"}
 # Data set that reads a user's own files, by kind of data.
-OWN_FILES: dict[str, str] = {DATA_TEXT: "text_files", DATA_QA: "squad_long", DATA_IMAGE: "image_folder"}
+OWN_FILES: dict[str, str] = {DATA_TEXT: "text", DATA_QA: "squad_long", DATA_IMAGE: "image_folder"}
 
 # Per channel in 0..1, of ImageNet's training photos: the usual normalization of photos.
 PHOTO_MEAN = (0.485, 0.456, 0.406)
@@ -47,7 +47,7 @@ class Dataset:
       mean: image mean per channel, in 0..1.
       std: image standard deviation per channel, in 0..1.
       num_classes: number of image classes; 0 = known from the files alone.
-      has_bit_depth: whether `data.bit_depth` is read for images.
+      options: fields of `data` that it reads and others do not.
       has_image_files: whether images come from files, which `python -m seqpe_jax.prepare` writes into shards.
     """
 
@@ -63,13 +63,30 @@ class Dataset:
     mean: tuple[float, ...] = PHOTO_MEAN
     std: tuple[float, ...] = PHOTO_STD
     num_classes: int = 0
-    has_bit_depth: bool = False
+    options: tuple[str, ...] = ()
     has_image_files: bool = False
 
     @property
     def count_name(self) -> str:
         """Unit in which the throughput of a run is counted: "tokens" or "images"."""
         return COUNT_NAMES[self.kind]
+
+    def options_of(self, data: Any) -> tuple[tuple[str, Any], ...]:
+        """Returns (name, value) of the options in a `data` section whose value is not the default."""
+        defaults = type(data)()
+        pairs = ((name, getattr(data, name)) for name in self.options)
+        return tuple((name, value) for name, value in pairs if value != getattr(defaults, name))
+
+    def check_options(self, data: Any) -> None:
+        """Raises InputError where a `data` section sets an option of other data sets."""
+        defaults = type(data)()
+        for name in sorted({option for one in DATASETS.values() for option in one.options} - set(self.options)):
+            if getattr(data, name) != getattr(defaults, name):
+                readers = ", ".join(one.name for one in DATASETS.values() if name in one.options)
+                raise InputError(
+                    f"data.{name}={getattr(data, name)} is not read by data.name='{self.name}', only by {readers}: leave it at "
+                    f"{getattr(defaults, name)!r}"
+                )
 
     def check_prepared(self) -> None:
         """Raises InputError for a data set that is never prepared: it is small, and made on each host."""
@@ -138,11 +155,22 @@ _FOLDER = "seqpe_jax.data.datasets"
 register(Dataset("stdlib_text", DATA_TEXT, f"{_FOLDER}.stdlib_text:StdlibText", paths="none"))
 register(
     Dataset(
+        "text",
+        DATA_TEXT,
+        f"{_FOLDER}.text:Text",
+        paths="some",
+        paths_hint="give files, globs or folders of text, JSON lines, Parquet or Arrow, or tfds:NAME",
+        options=("text_key",),
+    )
+)
+register(
+    Dataset(
         "text_files",
         DATA_TEXT,
         f"{_FOLDER}.text_files:TextFiles",
         paths="some",
         paths_hint="give files, globs or directories of UTF-8 text",
+        options=("raw",),
     )
 )
 register(Dataset("wikitext103", DATA_TEXT, f"{_FOLDER}.wikitext103:Wikitext103"))
@@ -209,7 +237,7 @@ register(
             "give a directory ROOT/{train,validation,test}/CLASS/*.png (jpg, tif, gif, ...), or ROOT/CLASS/*, which is "
             "split 80/10/10"
         ),
-        has_bit_depth=True,
+        options=("bit_depth",),
         has_image_files=True,
     )
 )

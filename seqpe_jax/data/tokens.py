@@ -68,6 +68,7 @@ def token_source(
     accept_lossy: bool = False,
     prepared: str | os.PathLike = "",
     max_bytes: int | None = None,
+    options: base.Options = (),
 ) -> TokenSource:
     """Returns the tokens of a split, after preparing and tokenizing the data set if the cache lacks it.
 
@@ -84,6 +85,7 @@ def token_source(
       accept_lossy: accept a tokenizer that does not give the text back.
       prepared: folder of tokens that `data.prepare` wrote, which are read in place of `paths`; "" = none.
       max_bytes: bytes of text that may be tokenized, which a run on several hosts limits; None = any number.
+      options: `registry.Dataset.options_of` the `data` section.
 
     Raises:
       InputError: unknown name or split, nothing to read, not UTF-8, an empty split, a folder that is not writable, a
@@ -102,13 +104,13 @@ def token_source(
     _check_text_size(_remote_bytes(paths), max_bytes)
     paths = local_copies(paths, cache_dir, progress)
     root = cache_root(cache_dir)
-    data_key = builder.source_key(paths)
+    data_key = builder.source_key(paths, options)
     if progress:
         _warn_skipped(builder, paths)
 
     def build(folder: pathlib.Path) -> None:
         _check_text_size(builder.input_bytes(paths), max_bytes)
-        records = base.prepared_split(builder, split, data_key, paths, data_dir, cache_dir, progress)
+        records = base.prepared_split(builder, split, data_key, paths, data_dir, cache_dir, progress, options)
         _tokenize(records, tokenizer, folder, f"{name}/{split}", progress, accept_lossy)
 
     identity = json.dumps([CACHE_FORMAT, data_key, split, tokenizer.fingerprint])

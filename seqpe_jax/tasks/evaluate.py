@@ -46,6 +46,7 @@ class EvalRequest:
       stride: targets of each of these windows.
       targets: score at most that many targets under each context.
       lossy: accept text that does not come back from its tokens, whatever the config says.
+      text_key: field that holds the text of a record, for the data set `text`; None = the config's, or "text" for another data set.
       bit_depth: bit depth of grey values in 16-bit files of an image folder; None = the config's, or 0 for another data set.
     """
 
@@ -61,6 +62,7 @@ class EvalRequest:
     stride: int | None = None
     targets: int | None = None
     lossy: bool = False
+    text_key: str | None = None
     bit_depth: int | None = None
 
     @property
@@ -217,7 +219,8 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
     values, fields = config.to_dict(settings), request.eval_fields
     values["eval"] |= fields
     if request.data is not None:
-        own = {"prompt_weight": 0.0, "question_weight": 0.0, "bit_depth": 0, "prepared": ""}
+        own = {"prompt_weight": 0.0, "question_weight": 0.0, "bit_depth": 0, "prepared": "", "text_key": "text"}
+        own["raw"] = values["data"]["raw"] and request.data == values["data"]["name"]
         values["data"] |= {"name": request.data, "paths": request.paths} | own
     values["data"]["lossy_tokenizer"] |= request.lossy
     data_name = values["data"]["name"]
@@ -229,6 +232,8 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
             raise InputError(f"--{option} is for --contexts, which is not set: set --contexts too")
     if request.lengths and is_qa:  # the shortest length decides which questions are asked
         values["eval"]["lengths"] = tuple(length for (length,) in request.lengths)
+    if request.text_key is not None:
+        values["data"]["text_key"] = request.text_key
     if request.bit_depth is not None:
         if not settings.is_image:
             raise InputError("--bit-depth is for images, and this is a run on text: leave it out")

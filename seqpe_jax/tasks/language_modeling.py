@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.config import Config, check_positions
-from seqpe_jax.data import loader, tokens
+from seqpe_jax.data import loader, registry, tokens
 from seqpe_jax.data.formats import HEAD_BYTES, check_plain_text, strip_bom
 from seqpe_jax.data.paths import warn
 from seqpe_jax.data.token_encoder import special_pattern
@@ -103,6 +103,7 @@ class LanguageModeling(Task):
             accept_lossy=data.lossy_tokenizer,
             prepared=data.prepared,
             max_bytes=tokens.MAX_BYTES_PER_HOST if is_multiprocess() else None,
+            options=registry.get(data.name).options_of(data),
         )
 
     def describe(self) -> str:

@@ -5,12 +5,12 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from seqpe_jax.config.schema import DataConfig
 from seqpe_jax.data import image_records, images, prepare, shards, tokens
 from seqpe_jax.data.loader import TrainLoader, eval_windows, training_windows
 from seqpe_jax.data.tokenizers import load_tokenizer
@@ -44,13 +44,10 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def settings(corpus, tmp_path):
     """The data section of a config."""
-    return types.SimpleNamespace(
+    return DataConfig(
         name="text_files",
         paths=(str(corpus / "text"),),
         tokenizer=str(corpus / "tokenizer.json"),
-        lossy_tokenizer=False,
-        bit_depth=0,
-        prepared="",
         cache_dir=str(tmp_path / "cache"),
     )
 
@@ -80,7 +77,7 @@ def shard_times(folder):
 @pytest.mark.parametrize("tokenizer", ["bytes", "words"])
 def test_prepared_tokens_are_those_of_the_text(settings, tmp_path, tokenizer):
     if tokenizer == "bytes":
-        settings.tokenizer = "bytes"
+        settings = dataclasses.replace(settings, tokenizer="bytes")
     counts = make(settings, tmp_path / "out")
     sizes = [path.stat().st_size for path in sorted((tmp_path / "out" / "train").glob("*.tokens"))]
     assert len(sizes) > 3 and set(sizes[:-1]) == {SHARD_BYTES}
@@ -250,7 +247,7 @@ def test_other_data_and_lengths_are_refused(settings, tmp_path):
 def test_what_the_preparation_refuses(settings, tmp_path, fields, message):
     make(settings, tmp_path / "out")
     with pytest.raises(InputError, match=message):
-        make(types.SimpleNamespace(**vars(settings) | fields), tmp_path / "out")
+        make(dataclasses.replace(settings, **fields), tmp_path / "out")
 
 
 def test_a_folder_of_something_else_is_refused(settings, tmp_path):
@@ -273,10 +270,10 @@ def test_several_hosts_refuse_to_tokenize_much(settings, tmp_path):
 
 def test_text_that_the_tokenizer_loses_is_refused_at_once(settings, corpus, tmp_path):
     word_level(tmp_path / "few.json", ["word"])
-    settings.tokenizer = str(tmp_path / "few.json")
+    settings = dataclasses.replace(settings, tokenizer=str(tmp_path / "few.json"))
     with pytest.raises(InputError, match="loses text"):
         make(settings, tmp_path / "out")
-    settings.lossy_tokenizer = True
+    settings = dataclasses.replace(settings, lossy_tokenizer=True)
     make(settings, tmp_path / "out")
     assert source(settings, prepared=tmp_path / "out", accept_lossy=True).round_trip_loss.lost_bytes
     with pytest.raises(InputError, match="loses text"):
@@ -327,7 +324,7 @@ def photos(settings, tmp_path):
             for number in range(count):
                 pixels = draw.integers(0, 256, (8, 8 + number, 3), np.uint8)
                 Image.fromarray(pixels).save(root / split / label / f"{number}.png")
-    settings.name, settings.paths = "image_folder", (str(root),)
+    settings = dataclasses.replace(settings, name="image_folder", paths=(str(root),))
     return settings
 
 

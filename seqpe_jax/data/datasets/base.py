@@ -19,6 +19,7 @@ from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import atomic_write, cache_root, parse_json
 
 SPLITS = ("train", "validation", "test")
+Options = tuple[tuple[str, Any], ...]  # (field of `data`, value), of values that are not the default
 FILE_SIZES_FILE = "sizes_of_files.json"  # of a prepared data set: bytes of each of its files
 
 
@@ -33,14 +34,23 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     Args:
       paths: `data.paths`; its meaning is the subclass's.
+      options: values of the fields of `data` that the registry lists for the data set; () = their defaults.
       downloads: folder of downloaded files; "" = that of the cache.
       **kwargs: of TFDS, e.g. `data_dir`.
     """
 
     ITEM_NAME = "examples"
 
-    def __init__(self, *, paths: Iterable[str] = (), downloads: str | os.PathLike = "", **kwargs):
+    def __init__(
+        self,
+        *,
+        paths: Iterable[str] = (),
+        options: Options = (),
+        downloads: str | os.PathLike = "",
+        **kwargs,
+    ):
         self.paths = tuple(os.fspath(path) for path in paths)
+        self.options = dict(options)
         self.downloads = pathlib.Path(downloads) if downloads else cache_root() / "downloads"
         self.input_error: InputError | None = None
         self._progress = True
@@ -78,9 +88,9 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     @classmethod
-    def source_key(cls, paths: tuple[str, ...]) -> str:
-        """Returns 16 hex digits that identify this version of the class with its input."""
-        identity = [cls.name, str(cls.VERSION), cls.sources(tuple(os.fspath(path) for path in paths))]
+    def source_key(cls, paths: tuple[str, ...], options: Options = ()) -> str:
+        """Returns 16 hex digits that identify this version of the class with its input and options."""
+        identity = [cls.name, str(cls.VERSION), cls.sources(tuple(os.fspath(path) for path in paths)), *options]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def prepare(self, *, progress: bool = True) -> None:
@@ -153,24 +163,26 @@ def prepared_split(
     data_dir: str | os.PathLike,
     cache_dir: str | os.PathLike,
     progress: bool,
+    options: Options = (),
 ) -> Sequence[Mapping[str, Any]]:
     """Returns the records of a split, after preparing the data set where that is not done yet.
 
     Args:
       builder_class: class of the data set.
       split: "train", "validation" or "test".
-      key: `builder_class.source_key(paths)`.
+      key: `builder_class.source_key(paths, options)`.
       paths: `data.paths`, local.
       data_dir: folder of prepared data sets; "" = that of the cache.
       cache_dir: folder of the cache; "" = the default one.
       progress: show a progress bar on stderr.
+      options: see `CachedBuilder`.
 
     Raises:
       InputError: see `CachedBuilder.contents`; or the split has no records.
     """
     name = builder_class.name
     target = datasets_folder(data_dir, cache_dir) / f"{name}-{key}"
-    builder = prepare_dataset(builder_class, paths, target, cache_root(cache_dir) / "downloads", progress)
+    builder = prepare_dataset(builder_class, paths, target, cache_root(cache_dir) / "downloads", progress, options)
     if split not in builder.info.splits:
         raise InputError(
             f"data set '{name}' has no {builder.ITEM_NAME} in split '{split}' (it has {', '.join(builder.info.splits)}): "
@@ -185,6 +197,7 @@ def prepare_dataset(
     target: pathlib.Path,
     downloads: pathlib.Path,
     progress: bool,
+    options: Options = (),
 ) -> CachedBuilder:
     """Returns a builder whose prepared data set is in `target`, after writing it there where necessary.
 
@@ -195,7 +208,7 @@ def prepare_dataset(
     """
 
     def builder(folder: pathlib.Path) -> CachedBuilder:
-        return builder_class(paths=paths, downloads=downloads, data_dir=folder)
+        return builder_class(paths=paths, options=options, downloads=downloads, data_dir=folder)
 
     def is_complete() -> bool:
         return _has_all_sizes(target) and _has_all_files(builder(target))

@@ -1,13 +1,12 @@
 """Base class of text data sets: documents, UTF-8 checks, long documents in parts."""
 
-import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import BinaryIO
 
 import tensorflow_datasets as tfds
 
 from seqpe_jax.data.datasets.base import CachedBuilder
-from seqpe_jax.data.formats import strip_bom
 from seqpe_jax.errors import InputError
 
 MAX_DOCUMENT_BYTES = 4 << 20  # bounds the memory of one record
@@ -15,7 +14,9 @@ MAX_DOCUMENT_BYTES = 4 << 20  # bounds the memory of one record
 # document split there has the tokens of the complete document.
 _WORD_BOUNDARY = re.compile(rb"(?<=\S)(?= [^\s])")
 
-Documents = Iterable[tuple[str, bytes]]  # (name, UTF-8 text)
+Documents = Iterable[
+    tuple[str, bytes | Iterator[bytes]]
+]  # (name, UTF-8 text, or its parts as `split_document` makes them)
 
 
 class TextBuilder(CachedBuilder, skip_registration=True):
@@ -47,7 +48,7 @@ class TextBuilder(CachedBuilder, skip_registration=True):
 
     def examples(self, content: tuple[str, bytes]) -> Iterator[dict]:
         name, text = content
-        for part in split_document(text):
+        for part in split_document(text) if isinstance(text, bytes) else text:
             yield {"text": part, "name": name.encode("utf-8", "surrogateescape")}  # a file name may be any bytes
 
 
@@ -64,6 +65,30 @@ def split_document(text: bytes, limit: int = MAX_DOCUMENT_BYTES) -> Iterator[byt
         start = end
     if text[start:]:
         yield text[start:]
+
+
+def stream_parts(stream: BinaryIO, size: int | None = None, limit: int | None = None) -> Iterator[bytes]:
+    """Yields the parts that `split_document` makes of the next bytes of a stream, with memory for two of them.
+
+    Args:
+      stream: UTF-8 text.
+      size: number of bytes; None = all that follow.
+      limit: size of a part; None = the default of `split_document`.
+    """
+    limit = split_document.__defaults__[0] if limit is None else limit
+    held, left = b"", size
+    while True:
+        wanted = 2 * limit + 4 - len(held)  # the next character begins within four bytes
+        block = stream.read(wanted if left is None else min(wanted, left))
+        left = None if left is None else left - len(block)
+        held += block
+        if len(block) < wanted and (not block or left == 0):
+            yield from split_document(held, limit)
+            return
+        while len(held) >= 2 * limit + 4:
+            part = next(split_document(held, limit))
+            yield part
+            held = held[len(part) :]
 
 
 def character_start(text: bytes, offset: int) -> int:
@@ -94,11 +119,3 @@ def check_utf8(text: bytes, file: str, offset: int = 0) -> bytes:
             ) from None
         offset += len(part)
     return text
-
-
-def read_text(file: pathlib.Path) -> bytes:
-    """Returns the content of a UTF-8 file without its byte order mark. Raises: InputError: unreadable or not UTF-8."""
-    try:
-        return strip_bom(check_utf8(file.read_bytes(), str(file)))
-    except OSError as error:
-        raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error

@@ -2,20 +2,25 @@
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
 import tqdm
 
 from seqpe_jax.data import registry
 from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction
-from seqpe_jax.data.datasets.text_base import Documents, TextBuilder, character_start, read_text
+from seqpe_jax.data.datasets.text_base import Documents, TextBuilder
+from seqpe_jax.data.datasets.text_records import (
+    HELD_OUT,
+    MIN_FILES_TO_SPLIT_BY_FILE,
+    SHARES,
+    WHOLE,
+    TextFile,
+    text_span,
+)
 from seqpe_jax.data.formats import check_text_file
 from seqpe_jax.data.paths import ResolvedPaths, resolve_paths
 from seqpe_jax.errors import InputError
-
-MIN_FILES_TO_SPLIT_BY_FILE = 20
-HELD_OUT = 0.05  # share of validation, and of test
 
 
 class TextFiles(TextBuilder):
@@ -43,32 +48,17 @@ class TextFiles(TextBuilder):
         files = find_files(self.paths)
         bar = tqdm.tqdm(files.values(), "check files", unit=" files", delay=2.0, disable=not self._progress)
         for file in bar:  # before the minutes that reading all of them may take
-            check_text_file(file)
+            check_text_file(file, raw=self.options.get("raw", False))
         if len(files) >= MIN_FILES_TO_SPLIT_BY_FILE:
             ranked = sorted(files, key=lambda name: (hash_fraction(name), name))
             held = max(1, round(HELD_OUT * len(files)))
             names = {"test": ranked[:held], "validation": ranked[held : 2 * held], "train": ranked[2 * held :]}
-            return {split: _complete_files({name: files[name] for name in sorted(names[split])}) for split in SPLITS}
-        return {split: _file_parts(files, index) for index, split in enumerate(SPLITS)}
+            return {split: _documents({name: files[name] for name in sorted(names[split])}, WHOLE) for split in SPLITS}
+        return {split: _documents(files, SHARES[split]) for split in SPLITS}
 
 
-def _complete_files(files: Mapping[str, pathlib.Path]) -> Iterator[tuple[str, bytes]]:
-    for name, file in files.items():
-        yield name, read_text(file)
-
-
-def _file_parts(files: Mapping[str, pathlib.Path], index: int) -> Iterator[tuple[str, bytes]]:
-    """Yields the part of each file that belongs to the split with an index in `SPLITS`."""
-    for name, file in files.items():
-        text = read_text(file)
-        first, second = (_line_start(text, int(len(text) * share)) for share in (1 - 2 * HELD_OUT, 1 - HELD_OUT))
-        yield name, (text[:first], text[first:second], text[second:])[index]
-
-
-def _line_start(text: bytes, offset: int) -> int:
-    """Returns the start of the next line if it is near (within a hundredth of the text), else of the next character."""
-    newline = text.find(b"\n", offset, offset + max(1, len(text) // 100))
-    return newline + 1 if newline >= 0 else character_start(text, offset)
+def _documents(files: Mapping[str, pathlib.Path], share: tuple[float, float]) -> Documents:
+    return ((name, text_span(TextFile(file, name, "text"), share)) for name, file in files.items())
 
 
 def find_files(paths: tuple[str, ...]) -> dict[str, pathlib.Path]:
