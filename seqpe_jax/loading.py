@@ -1,4 +1,4 @@
-"""`load`: opens a run, an export, a checkpoint of the PyTorch reference or a Hugging Face GPT-2 as a `Model`.
+"""`load`: opens a run, an export, a checkpoint of the PyTorch reference or a folder of Hugging Face as a `Model`.
 
 It is not part of `model`, since the modules of `interop` that read the last two import `Model`.
 """
@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.distributed import sharding
 from seqpe_jax.distributed.hardware import find_chip
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path
 from seqpe_jax.inference.export import read_params
 from seqpe_jax.interop import torch_model, torch_reference
 from seqpe_jax.model import Model
@@ -32,62 +31,84 @@ from seqpe_jax.training.checkpoint import Checkpointer, check_together
 
 EXPECTED = (
     "give a --workdir of `train`, an --output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or "
-    "a directory of a Hugging Face GPT-2"
+    "a directory of a Hugging Face decoder"
 )
 
 
-def load(path: str | os.PathLike, which: str = "latest", mesh: Mapping[str, Any] | None = None) -> Model:
+def load(
+    path: str | os.PathLike,
+    which: str = "latest",
+    mesh: Mapping[str, Any] | None = None,
+    ignore_fields: Collection[str] = (),
+) -> Model:
     """Returns the model of a folder or file, with its parameters; opens no data set.
 
         model = seqpe_jax.load("runs/large", mesh={"fsdp": 8})
 
     Args:
       path: a workdir of `train`, an output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or
-        a directory of a Hugging Face GPT-2.
+        a directory of a Hugging Face decoder (`interop.hf_families.FAMILIES`).
       which: checkpoint of a run, "latest" or "best" (`open_model`).
       mesh: fields of the config's mesh section (`open_model`).
+      ignore_fields: fields of a Hugging Face folder's config.json that are passed over although they are unknown here.
 
     Raises:
       InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version, or a mesh
         that does not fit the devices or the model.
     """
-    model = open_folder(path, which, mesh)
+    model = open_folder(path, which, mesh, ignore_fields)
     _ = model.params
     return model
 
 
-def open_folder(path: str | os.PathLike, which: str = "latest", mesh: Mapping[str, Any] | None = None) -> Model:
-    """Returns the model of any folder or file that `load` takes, whose parameters are read at their first use.
+def open_folder(
+    path: RunDir | str | os.PathLike,
+    which: str = "latest",
+    mesh: Mapping[str, Any] | None = None,
+    ignore_fields: Collection[str] = (),
+) -> Model:
+    """Returns the model of any folder or file that `load` takes; parameters, but of images, are read at their first use.
 
     Args:
       path: as `load`.
       which: as `load`.
       mesh: as `load`.
+      ignore_fields: as `load`.
 
     Raises:
       InputError: as `load`.
     """
-    if not as_path(path).exists():
-        raise InputError(f"{path} does not exist: {EXPECTED}")
-    run = RunDir(path)
-    return open_model(run, which, mesh) if run.is_model() else _on_mesh(_foreign_model(str(path)), mesh)
+    run = _existing(path, ignore_fields)
+    if run.is_model():
+        return open_model(run, which, mesh)
+    if which != "latest":
+        raise InputError(f"{run} is no run, and holds one model: leave --which out")
+    return dataclasses.replace(_on_mesh(_foreign_model(str(run), ignore_fields), mesh), source=str(run))
 
 
-def folder_config(path: str | os.PathLike) -> Config:
+def folder_config(path: RunDir | str | os.PathLike, ignore_fields: Collection[str] = ()) -> Config:
     """Returns the config of any folder or file that `load` takes, with the tokenizer of the folder and the default mesh.
 
     Raises:
       InputError: as `load`.
     """
-    if not as_path(path).exists():
-        raise InputError(f"{path} does not exist: {EXPECTED}")
-    run = RunDir(path)
-    return load_run_config(run) if run.is_model() else _foreign_model(str(path)).config
+    run = _existing(path, ignore_fields)
+    return load_run_config(run) if run.is_model() else _foreign_model(str(run), ignore_fields).config
 
 
-def _foreign_model(path: str) -> Model:
+def _existing(path: RunDir | str | os.PathLike, ignore_fields: Collection[str]) -> RunDir:
+    """A folder or file that exists. Raises: InputError: there is none, or fields are ignored of a run."""
+    run = RunDir.of(path)
+    if not run.path.exists():
+        raise InputError(f"{run} does not exist: {EXPECTED}")
+    if ignore_fields and run.is_model():
+        raise InputError(f"--ignore-fields is for the config.json of Hugging Face, and {run} is a run: leave it out")
+    return run
+
+
+def _foreign_model(path: str, ignore_fields: Collection[str] = ()) -> Model:
     """The model of another program's checkpoint, with the tokenizer of its folder."""
-    source = torch_reference.read(path)
+    source = torch_reference.read(path, ignore_fields)
     model = torch_model.from_checkpoint(source)
     if not source.tokenizer_files:
         return model

@@ -22,7 +22,7 @@ from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.compiled import CompiledModel
 from seqpe_jax.inference.decode import Generation, Sampling
 from seqpe_jax.inference.export import PLATFORMS
-from seqpe_jax.interop import run_writer, torch_reference
+from seqpe_jax.interop import hf_decoders, run_writer, torch_reference
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params, Shape
 from seqpe_jax.tasks import LanguageModeling, Task, task_class
 from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
@@ -41,8 +41,9 @@ class Model:
       data_spec: vocabulary or classes, channels and pixel statistics.
       load_params: returns the parameters; called once, by `params`.
       step: training step of the parameters; 0 for those of other programs.
-      folder: folder that the model was loaded from, or "".
+      folder: folder of the run or export that the model was loaded from, or "".
       mesh: devices that it runs on.
+      source: path of the other program's checkpoint that the model was loaded from, or "".
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Model:
     step: int = 0
     folder: str = ""
     mesh: jax.sharding.Mesh = dataclasses.field(default_factory=lambda: make_mesh(0, 1))
+    source: str = ""
 
     def __repr__(self) -> str:
         parameters = f"{num_params(self.params):,} parameters"
@@ -278,6 +280,18 @@ class Model:
           InputError: a field without a counterpart in the reference, or the folder is taken.
         """
         return torch_reference.write_reference(self, folder)
+
+    def save_huggingface(self, folder: str | os.PathLike, dtype: str = "float32") -> dict[str, Any]:
+        """Writes the model as a folder that `transformers.AutoModelForCausalLM` opens, and returns a report.
+
+        Args:
+          folder: new or empty.
+          dtype: of the stored weights, "float32", "bfloat16" or "float16".
+
+        Raises:
+          InputError: positions or parts that no architecture of Hugging Face has, or the folder is taken.
+        """
+        return hf_decoders.write(self, folder, dtype)
 
     def _checked_inputs(self, inputs: jax.Array) -> jax.Array:
         """Returns valid inputs, pixels normalized. Raises: InputError: another kind or size, or unknown tokens."""

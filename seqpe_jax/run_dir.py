@@ -68,6 +68,7 @@ DATA_SPEC_FILE = "sizes.json"
 FINGERPRINTS_FILE = "data.json"
 TOKENIZER_FILE = "tokenizer.json"
 CLASS_NAMES_FILE = "classes.json"
+CONVERSION_FILE = "conversion.json"  # of a converted checkpoint: what it was made from
 METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
 HISTORY_FILE = "config_history.jsonl"
@@ -206,6 +207,18 @@ class RunDir:
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise InputError(f"{path} cannot be read ({error}): put back the file that the run wrote") from error
         return found
+
+    @functools.cached_property
+    def conversion(self) -> dict[str, Any]:
+        """The report of the conversion that made this folder; {} for other runs. Raises: InputError: damaged."""
+        path = self.path / CONVERSION_FILE
+        if not path.exists():
+            return {}
+        try:
+            found = parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}): put back the file that `convert` wrote") from error
+        return found if isinstance(found, dict) else {}
 
     def check_same_data(self, fingerprints: Mapping[str, Fingerprint]) -> None:
         """Refuses to resume with other data than before. Raises: InputError: names the splits that differ."""
@@ -706,7 +719,7 @@ OUTPUT_FILES = {
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
-    "conversion.json",
+    CONVERSION_FILE,
     "restored.json",
     "similarity.npz",
     "position_curves.npz",

@@ -483,6 +483,21 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     return HFTokenizer(file)
 
 
+def write_byte_level(directory: str | os.PathLike) -> None:
+    """Writes the ids of `ByteTokenizer` as a tokenizer.json that Hugging Face's libraries read."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    # The alphabet of byte-level tokenizers: printable bytes are themselves, the others follow from code point 256 on.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    made = tokenizers.Tokenizer(models.BPE({characters[byte]: byte for byte in range(256)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    _write(directory, made.to_str().encode())
+
+
 def _read(file: AnyPath) -> bytes:
     """Returns the content of a JSON file without a byte order mark. Raises: InputError: it cannot be read."""
     try:

@@ -1,8 +1,8 @@
-"""Model folders in Hugging Face's layout: weights in safetensors or pickles, in shards or not, and GPT-2's config.json."""
+"""Files of a folder in Hugging Face's layout: settings, weights in safetensors or pickles, in shards or not, a tokenizer."""
 
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  registers bfloat16, which safetensors asks NumPy for
@@ -16,56 +16,6 @@ from seqpe_jax.interop import pickles
 
 MODEL_FILE = "model.safetensors"
 PICKLED_MODEL_FILE = "pytorch_model.bin"
-
-# Fields of a GPT-2 config.json that change what the model computes, or how it starts.
-GPT2_FIELDS = {
-    "vocab_size",
-    "n_layer",
-    "n_embd",
-    "n_head",
-    "n_inner",
-    "n_positions",
-    "activation_function",
-    "layer_norm_epsilon",
-    "resid_pdrop",
-    "attn_pdrop",
-    "embd_pdrop",
-    "initializer_range",
-    "tie_word_embeddings",
-}
-GPT2_REQUIRED = {"model_type": "gpt2", "add_cross_attention": False}  # other values compute something else
-# How attention logits are scaled. Models here divide them by the square root of the head width, so that the weights
-# which make queries take up any other scaling (`fold_attention_scaling`).
-GPT2_SCALING = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-GPT2_IGNORED = {
-    "pe_config",
-    "architectures",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "n_ctx",
-    "reorder_and_upcast_attn",
-    "summary_activation",
-    "summary_first_dropout",
-    "summary_proj_to_labels",
-    "summary_type",
-    "summary_use_proj",
-    "task_specific_params",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-    "output_past",
-    "id2label",
-    "label2id",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "_name_or_path",
-    "_num_labels",
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "predict_special_tokens",
-}
 
 
 def read_mapping(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]:
@@ -89,6 +39,23 @@ def read_mapping(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]
     if not isinstance(found, dict):
         raise InputError(f"{file} must hold a mapping of settings")
     return found
+
+
+def without_fields(file: pathlib.Path, settings: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """Returns settings without some fields.
+
+    Args:
+      file: path of the settings, for messages.
+      settings: its content.
+      ignored: names of the fields.
+
+    Raises:
+      InputError: there is no such field.
+    """
+    for name in ignored:
+        if name not in settings:
+            raise InputError(f"--ignore-fields: {file} has no field '{name}'.{suggest(name, settings)}")
+    return {name: value for name, value in settings.items() if name not in ignored}
 
 
 def require_value(file: pathlib.Path, name: str, value: Any, required: Any) -> None:
@@ -170,74 +137,22 @@ def _read_shards(
     return found, [index, *(index.parent / shard for shard in shards)]
 
 
-def gpt2_fields(file: pathlib.Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Returns (fields of the model, scaling of attention logits) of a GPT-2's config.json.
-
-    Args:
-      file: path of config.json, for messages.
-      settings: its content.
-
-    Raises:
-      InputError: a field that is unknown, or a value that would compute something else.
-    """
-    fields, scaling = {}, dict(GPT2_SCALING)
-    for name, value in settings.items():
-        if name in GPT2_FIELDS:
-            fields[name] = value
-        elif name in GPT2_REQUIRED:
-            require_value(file, name, value, GPT2_REQUIRED[name])
-        elif name in GPT2_SCALING:
-            scaling[name] = bool(value)
-        elif name not in GPT2_IGNORED:
-            raise InputError(f"{file}: field '{name}' is unknown.{suggest(name, GPT2_FIELDS | GPT2_IGNORED)}")
-    return fields, scaling
-
-
-def gpt2_state(
-    arrays: Mapping[str, np.ndarray], file: pathlib.Path, tied: bool
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns (arrays under names with the prefix `transformer.`, {array left out: reason}) of a GPT-2.
-
-    Args:
-      arrays: arrays by name, with or without the prefix.
-      file: path of the weights, for messages.
-      tied: whether the output layer is the token embedding (tie_word_embeddings).
-
-    Raises:
-      InputError: an output layer of its own is missing.
-    """
-    state, left_out = {}, {}
-    for name, leaf in arrays.items():
-        full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if full.endswith((".attn.bias", ".attn.masked_bias")):
-            left_out[name] = "causal mask"
-        else:
-            state[full] = leaf
-    if tied:
-        if state.pop("lm_head.weight", None) is not None:
-            left_out["lm_head.weight"] = "tied to the token embedding"
-    elif "lm_head.weight" not in state:
-        raise InputError(
-            f"{file} lacks lm_head.weight, and config.json has tie_word_embeddings=false: give all its weights"
-        )
-    return state, left_out
-
-
 def fold_attention_scaling(
-    state: Mapping[str, np.ndarray], fields: Mapping[str, Any], scaling: Mapping[str, bool]
+    state: Mapping[str, np.ndarray], width: int, heads: int, scaling: Mapping[str, bool]
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays with the scaling of attention logits multiplied into the queries' third of c_attn.
+    """Returns the arrays of a GPT-2 with the scaling of attention logits multiplied into the queries' third of c_attn.
 
     Args:
-      state: arrays of `gpt2_state`.
-      fields: n_embd and n_head of the model.
-      scaling: values of the fields in `GPT2_SCALING`.
+      state: arrays by name, with the prefix `transformer.`.
+      width: features of a token.
+      heads: attention heads.
+      scaling: values of the fields in `hf_families.GPT2_SCALING`.
     """
-    scaled, width = dict(state), int(fields["n_embd"])
+    scaled = dict(state)
     for name in state:
         found = re.fullmatch(r"transformer\.h\.(\d+)\.attn\.c_attn\.(weight|bias)", name)
         if found:
-            factor = 1.0 if scaling["scale_attn_weights"] else (width / int(fields["n_head"])) ** 0.5
+            factor = 1.0 if scaling["scale_attn_weights"] else (width / heads) ** 0.5
             factor /= int(found[1]) + 1 if scaling["scale_attn_by_inverse_layer_idx"] else 1
             array = np.array(state[name], np.float32)
             array[..., :width] *= np.float32(factor)

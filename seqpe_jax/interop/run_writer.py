@@ -10,10 +10,8 @@ from seqpe_jax import config as configs
 from seqpe_jax.checksums import DIGESTS_FILE, write_checksums
 from seqpe_jax.files import atomic_dir, require_empty
 from seqpe_jax.models.build import DataSpec, Params
-from seqpe_jax.run_dir import SIDE_FILES_KEY, RunDir
+from seqpe_jax.run_dir import CONVERSION_FILE, SIDE_FILES_KEY, RunDir
 from seqpe_jax.training.checkpoint import Checkpointer
-
-REPORT_FILE = "conversion.json"
 
 
 def write_run(
@@ -52,4 +50,4 @@ def write_run(
         checkpoints.save(step, {"params": params}, meta)
         checkpoints.close()
         if report is not None:
-            (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+            (folder / CONVERSION_FILE).write_text(json.dumps(report, indent=1) + "\n")

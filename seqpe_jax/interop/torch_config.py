@@ -268,20 +268,38 @@ def config_from_spec(spec: ReferenceSpec) -> Config:
       InputError: a field or value without a counterpart here, or fields that contradict each other.
     """
     kind, encoding = check_spec(spec), encoding_from_spec(spec)
-    values = configs.to_dict(Config())
-    values["encoding"] = dataclasses.asdict(encoding)
-    values["compat"] = dataclasses.asdict(compat_from_spec(spec))
-    for term in ("contrastive", "distillation"):  # a converted model is not trained with the losses of its own training
-        values["objective"][term]["weight"] = 0.0
+    compat = dataclasses.asdict(compat_from_spec(spec))
     if kind == "gpt2":
-        values["model"] |= _gpt2_fields(spec)
         length = 0 if encoding.kind == "learned" else spec.get("block_size")  # a table has n_positions rows
         length = length or spec.get("n_positions") or spec.get("T") or 512
-        values["data"] |= {"name": "wikitext103", "length": length, "tokenizer": ""}
-    else:
-        values["model"] |= _vit_fields(spec)
-        size = (spec["img_size"], spec["img_size"])
-        values["data"] |= {"name": spec.get("data_name", "imagenet2012"), "size": size}
+        data = {"name": "wikitext103", "length": length, "tokenizer": ""}
+        return config_of_sections(_gpt2_fields(spec), dataclasses.asdict(encoding), data, compat)
+    size = (spec["img_size"], spec["img_size"])
+    data = {"name": spec.get("data_name", "imagenet2012"), "size": size}
+    return config_of_sections(_vit_fields(spec), dataclasses.asdict(encoding), data, compat)
+
+
+def config_of_sections(
+    model: Mapping[str, Any], encoding: Mapping[str, Any], data: Mapping[str, Any], compat: Mapping[str, Any] | None = None
+) -> Config:
+    """Returns the validated config of a model of other programs, which is not trained with the losses of its own training.
+
+    Args:
+      model: fields of the section model.
+      encoding: fields of the section encoding, with its kind.
+      data: fields of the section data.
+      compat: fields of the section compat.
+
+    Raises:
+      InputError: fields that contradict each other.
+    """
+    values = configs.to_dict(Config())
+    values["encoding"] = dict(encoding)
+    values["compat"] |= compat or {}
+    values["model"] |= model
+    values["data"] |= data
+    for term in ("contrastive", "distillation"):
+        values["objective"][term]["weight"] = 0.0
     return configs.from_dict(values)
 
 

@@ -14,10 +14,11 @@ from seqpe_jax.data import registry
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
-from seqpe_jax.interop import torch_config, torch_reference, weights
+from seqpe_jax.interop import torch_config, weights
+from seqpe_jax.interop.foreign import ForeignCheckpoint
 from seqpe_jax.interop.torch_reference import fixed_table, num_channels
 from seqpe_jax.model import Model
-from seqpe_jax.models.build import DataSpec, ModelSpec
+from seqpe_jax.models.build import DataSpec, ModelSpec, Params
 
 
 class PrecomputedVectors(nn.Module):
@@ -200,8 +201,8 @@ def _infer_encoder_spec(spec: Mapping[str, Any], state: weights.State) -> dict[s
     }
 
 
-def from_checkpoint(source: torch_reference.ForeignCheckpoint) -> Model:
-    """Returns the model of a checkpoint that has been read.
+def from_checkpoint(source: ForeignCheckpoint) -> Model:
+    """Returns the model of a checkpoint; the arrays of a text model are read at their first use.
 
     Args:
       source: result of `torch_reference.read`.
@@ -209,12 +210,20 @@ def from_checkpoint(source: torch_reference.ForeignCheckpoint) -> Model:
     Raises:
       InputError: settings and arrays do not fit together, or a stored table is not the one that the settings describe.
     """
-    model = from_config(torch_config.config_from_spec(source.spec), source.state)
-    for name, table in source.fixed_tables.items():
+    config = source.config
+    data_spec = _data_spec(config, source.arrays.state if config.is_image else {})
+    model_spec = ModelSpec.of(config, data_spec)
+    return Model(config, model_spec, data_spec, lambda: _params_of(source, model_spec))
+
+
+def _params_of(source: ForeignCheckpoint, model_spec: ModelSpec) -> Params:
+    """The parameters of a checkpoint. Raises: InputError: as `from_checkpoint`."""
+    params = check_params(weights.to_params(source.rules, source.arrays.state), model_spec.shapes)
+    for name, table in source.arrays.fixed_tables.items():
         rows = min(len(table), 64)
-        ours = fixed_table(model.config, model.model_spec, rows)
+        ours = fixed_table(source.config, model_spec, rows)
         if table.ndim != 2 or np.abs(ours - table[:rows]).max(initial=0.0) > 1e-4:
             raise InputError(
-                f"tensor {name} is not the table of encoding '{source.spec['pe_type']}' that its config describes"
+                f"tensor {name} is not the table of encoding '{source.config.encoding.kind}' that its config describes"
             )
-    return model
+    return params

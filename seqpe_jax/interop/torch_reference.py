@@ -1,4 +1,4 @@
-"""Checkpoints of the PyTorch reference, text and images, and Hugging Face GPT-2 folders: read and written as files.
+"""Checkpoints of the PyTorch reference, text and images, read and written as files; `read` takes Hugging Face folders too.
 
 Text: a folder with config.json, pe_config.json (YAML inside), train_args.json and best_model/model.safetensors (the
 model) + model_1.safetensors (the position model). Images: best_model.pth or ckpt_epoch_N.pth with the keys model, pe_model
@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -25,8 +25,11 @@ from seqpe_jax.data.cache import local_copies
 from seqpe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import apply_umask, as_path, atomic_dir, require_empty
-from seqpe_jax.interop import hf, pickles, torch_config, weights
+from seqpe_jax.interop import hf, hf_decoders, hf_weights, pickles, torch_config, weights
+from seqpe_jax.interop.foreign import Arrays, ForeignCheckpoint
+from seqpe_jax.interop.hf_families import FAMILIES, GPT2_SCALING
 from seqpe_jax.interop.torch_config import ReferenceSpec
+from seqpe_jax.models import transformer
 from seqpe_jax.models.build import ModelSpec
 from seqpe_jax.trees import num_params
 
@@ -109,32 +112,12 @@ VIT_TYPES = ("vit_s_16", "vit_b_16")
 DATA_NAMES = {"imagenet": "imagenet2012"}
 
 
-@dataclasses.dataclass(frozen=True)
-class ForeignCheckpoint:
-    """Settings and arrays of a checkpoint in another format than a run's.
-
-    Attributes:
-      spec: settings under the reference's names (`interop.torch_config`).
-      state: arrays under the reference's names, the position model's with the prefix `pe_model.`.
-      left_out: {array that is no weight: reason}.
-      fixed_tables: stored tables of encodings without parameters, which this package computes.
-      files: paths that were read.
-      tokenizer_files: paths of the tokenizer's files; () without one.
-    """
-
-    spec: ReferenceSpec
-    state: dict[str, np.ndarray]
-    left_out: dict[str, str]
-    fixed_tables: dict[str, np.ndarray]
-    files: tuple[pathlib.Path, ...]
-    tokenizer_files: tuple[pathlib.Path, ...] = ()
-
-
-def read(path: str | pathlib.Path) -> ForeignCheckpoint:
+def read(path: str | os.PathLike, ignored: Collection[str] = ()) -> ForeignCheckpoint:
     """Returns the checkpoint at a path, in any of the formats.
 
     Args:
       path: a folder, a .pth file, or gs://BUCKET/NAME of either.
+      ignored: fields of a Hugging Face folder's config.json that are passed over.
 
     Raises:
       InputError: no such path, none of the formats, a file missing, damaged or refused, an unknown field.
@@ -145,18 +128,21 @@ def read(path: str | pathlib.Path) -> ForeignCheckpoint:
     if not path.is_dir():
         problem = "is neither a directory nor a .pth file" if path.exists() else "does not exist"
         raise InputError(
-            f"{path} {problem}: expected a checkpoint of the PyTorch reference or a Hugging Face GPT-2 directory"
+            f"{path} {problem}: expected a checkpoint of the PyTorch reference or a directory of Hugging Face"
         )
     pickled = _newest_pickle(path)
     if pickled is not None:
         return _read_images(pickled)
-    if (path / IMAGE_ENCODER_FILE).is_file() or "MODEL" in hf.read_mapping(path / "config.json", missing=True):
+    settings = hf.without_fields(path / "config.json", hf.read_mapping(path / "config.json", missing=True), ignored)
+    if (path / IMAGE_ENCODER_FILE).is_file() or "MODEL" in settings:
         return _read_images(path)
+    if (path / "pe_config.json").is_file() or settings.get("pe_config") or (path / "best_model").is_dir():
+        return _read_text(path, settings)
     if (path / "config.json").is_file():
-        return _read_text(path)
+        return hf_decoders.read(path, settings)
     raise InputError(
         f"{path} is no checkpoint that can be read: expected config.json, pe_config.json and best_model/{hf.MODEL_FILE} "
-        f"(text), best_model.pth or ckpt_epoch_N.pth (images), or config.json and {hf.MODEL_FILE} (Hugging Face GPT-2)"
+        f"(text), best_model.pth or ckpt_epoch_N.pth (images), or config.json and {hf.MODEL_FILE} (Hugging Face)"
     )
 
 
@@ -172,12 +158,14 @@ def _newest_pickle(folder: pathlib.Path) -> pathlib.Path | None:
     return epochs[max(epochs)] if epochs else None
 
 
-def _read_text(path: pathlib.Path) -> ForeignCheckpoint:
-    """Reads a text checkpoint of the reference, or a GPT-2 of Hugging Face, whose layout that is."""
-    file = path / "config.json"
-    settings, files = hf.read_mapping(file), [file]
-    fields, scaling = hf.gpt2_fields(file, settings)
-    spec: dict[str, Any] = {"kind": "gpt2"} | fields
+def _read_text(path: pathlib.Path, settings: Mapping[str, Any]) -> ForeignCheckpoint:
+    """Reads a text checkpoint of the reference, whose layout is that of a GPT-2 of Hugging Face."""
+    file, family = path / "config.json", FAMILIES["gpt2"]
+    files = [file]
+    hf.require_value(file, "model_type", settings.get("model_type", family.kind), family.kind)
+    known = family.known_settings(file, {name: value for name, value in settings.items() if name != "pe_config"})
+    scaling = {name: known.pop(name) for name in GPT2_SCALING}
+    spec: dict[str, Any] = {"kind": "gpt2"} | known
     pe_file = path / "pe_config.json"
     if pe_file.is_file():
         spec |= _pe_spec(pe_file, hf.read_mapping(pe_file), {"MODEL"})
@@ -190,24 +178,43 @@ def _read_text(path: pathlib.Path) -> ForeignCheckpoint:
     if arguments.is_file():
         spec["block_size"] = hf.read_mapping(arguments).get("block_size") or 0
         files.append(arguments)
+    if scaling != GPT2_SCALING and spec["pe_type"] not in LINEAR_QUERIES:
+        name = next(name for name in scaling if scaling[name] != GPT2_SCALING[name])
+        hf.require_value(file, name, scaling[name], GPT2_SCALING[name])
     folder = path / "best_model" if (path / "best_model").is_dir() else path
-    arrays, weight_files = hf.read_weights(folder)
-    files += weight_files
-    state, left_out = hf.gpt2_state(arrays, weight_files[0], spec.get("tie_word_embeddings", True))
-    if scaling != hf.GPT2_SCALING:
-        if spec["pe_type"] not in LINEAR_QUERIES:
-            name = next(name for name in scaling if scaling[name] != hf.GPT2_SCALING[name])
-            hf.require_value(file, name, scaling[name], hf.GPT2_SCALING[name])
-        state = hf.fold_attention_scaling(state, spec, scaling)
-    encoder = folder / TEXT_ENCODER_FILE
-    if encoder.is_file():
-        files.append(encoder)
-        state |= {weights.PE_PREFIX + name: leaf for name, leaf in hf.read_safetensors(encoder).items()}
-    elif spec["pe_type"] == "seq_pe":
-        raise InputError(f"{encoder} is missing: it holds the position encoder's weights")
-    tables = _pop_fixed_table(spec, state)
-    left_out |= _reasons(tables, spec)
-    return ForeignCheckpoint(spec, state, left_out, tables, tuple(files), hf.tokenizer_files(path))
+
+    def read_arrays() -> Arrays:
+        arrays, weight_files = hf.read_weights(folder)
+        state, left_out = hf_weights.known_state(family, arrays, spec["tie_word_embeddings"], weight_files[0])
+        if scaling != GPT2_SCALING:
+            state = hf.fold_attention_scaling(state, spec["n_embd"], spec["n_head"], scaling)
+        all_files, encoder = [*files, *weight_files], folder / TEXT_ENCODER_FILE
+        if encoder.is_file():
+            all_files.append(encoder)
+            state |= {weights.PE_PREFIX + name: leaf for name, leaf in hf.read_safetensors(encoder).items()}
+        elif spec["pe_type"] == "seq_pe":
+            raise InputError(f"{encoder} is missing: it holds the position encoder's weights")
+        tables = _pop_fixed_table(spec, state)
+        return Arrays(state, left_out | _reasons(tables, spec), tables, tuple(all_files))
+
+    return of_spec(spec, read_arrays, hf.tokenizer_files(path))
+
+
+def of_spec(
+    spec: ReferenceSpec, read_arrays: Callable[[], Arrays], tokenizer_files: tuple[pathlib.Path, ...] = ()
+) -> ForeignCheckpoint:
+    """Returns the checkpoint of a spec and its arrays.
+
+    Args:
+      spec: settings under the reference's names (`interop.torch_config`).
+      read_arrays: reads the arrays, under the reference's names, the position model's with the prefix `pe_model.`.
+      tokenizer_files: paths of the tokenizer's files.
+
+    Raises:
+      InputError: a field or value without a counterpart here.
+    """
+    config = torch_config.config_from_spec(spec)
+    return ForeignCheckpoint(config, tuple(weights.make_rules(config)), read_arrays, tokenizer_files)
 
 
 def _read_images(path: pathlib.Path) -> ForeignCheckpoint:
@@ -233,7 +240,8 @@ def _read_images(path: pathlib.Path) -> ForeignCheckpoint:
     tables, grid_table = _pop_fixed_table(spec, state), f"{weights.PE_PREFIX}weight"
     if spec.get("pe_apply_method") == "rotary_2d" and state.pop(grid_table, None) is not None:
         tables = {grid_table: np.zeros((0, 0), np.float32)}
-    return ForeignCheckpoint(spec, state, _reasons(tables, spec), tables, files)
+    arrays = Arrays(state, _reasons(tables, spec), tables, files)
+    return of_spec(spec, lambda: arrays)
 
 
 def _image_spec(file: pathlib.Path, settings: Mapping[str, Any], model: Mapping[str, np.ndarray]) -> ReferenceSpec:
@@ -363,8 +371,10 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
     spec = torch_config.spec_from_config(config, getattr(model.model_spec.encoding, "vector_width", 0))
     training = torch_config.training_settings(config)
-    rules = weights.make_rules(config)
-    state = weights.to_state(rules, jax.tree.map(np.asarray, model.params))
+    rules, params = weights.make_rules(config), jax.tree.map(np.asarray, model.params)
+    if config.model.scan:
+        params = params | {"model": transformer.unstack_layers(params["model"], config.model.layers)}
+    state = weights.to_state(rules, params)
     if num_channels(state) != 3:
         raise InputError(f"{name} reads images of one channel: the reference's format knows three alone")
     if not config.is_image and kind in ("sinusoidal", "rotary", "alibi"):
@@ -391,13 +401,13 @@ def _write_text(
 ) -> list[pathlib.Path]:
     """Writes a spec (kind gpt2), settings of its training and its arrays; returns the files."""
     positions = {"MODEL": {}} | _pe_settings(spec) | training
-    model = {name: spec[name] for name in hf.GPT2_FIELDS if name in spec} | {
+    model = {name: spec[name] for name in FAMILIES["gpt2"].fields if name in spec} | {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "pe_config": positions,
         "reorder_and_upcast_attn": False,
         "use_cache": True,
-        **hf.GPT2_SCALING,
+        **GPT2_SCALING,
     }
     arguments = {
         "block_size": spec["block_size"],

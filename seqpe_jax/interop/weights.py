@@ -1,10 +1,9 @@
-"""Parameter names and layouts of the PyTorch reference and of Hugging Face GPT-2, mapped to ours in both directions.
+"""Parameter names and layouts of the PyTorch reference, mapped to ours in both directions; rules of any other mapping.
 
 The reference's Conv1D weights are (in, out) as here; its nn.Linear weights are (out, in) and are transposed. Names of its
 position model have the prefix `pe_model.`, as in its image checkpoints.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from seqpe_jax.errors import InputError
 
 State = Mapping[str, np.ndarray]
 Tree = dict[str, Any]
-ArrayMap = Callable[[np.ndarray], np.ndarray]
+ArrayMap = Callable[..., Any]
 
 PE_PREFIX = "pe_model."
 
@@ -25,19 +24,29 @@ class Rule(NamedTuple):
 
     Attributes:
       path: path of the parameter here, such as "model/blocks_0/qkv/kernel".
-      reference_names: names of the arrays; several of them are the layers of one stacked parameter.
-      to_ours: function from an array there to one here.
-      to_theirs: its inverse.
+      reference_names: names of the arrays; `parts` of them for each layer of a stacked parameter.
+      to_ours: function from `parts` arrays there to one here.
+      to_theirs: its inverse; returns a list for several parts.
+      parts: number of arrays there that make one here.
+      stacked: whether the parameter has a first axis of layers.
     """
 
     path: str
     reference_names: tuple[str, ...]
     to_ours: ArrayMap = np.asarray
     to_theirs: ArrayMap = np.asarray
+    parts: int = 1
+    stacked: bool = False
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Names of the arrays of each layer, or of the one parameter."""
+        names = self.reference_names
+        return [names[first : first + self.parts] for first in range(0, len(names), self.parts)]
 
 
 def make_rules(config: Config) -> list[Rule]:
-    """Returns a rule for every parameter of a model of this config."""
+    """Returns a rule for every parameter of a model of this config, with one block per layer (`model.scan` is not read)."""
     encoding, model = config.encoding, config.model
     images = model.kind == "vit"
     rules = (
@@ -45,8 +54,6 @@ def make_rules(config: Config) -> list[Rule]:
         if images
         else gpt2_rules(model.layers, model.heads, model.tied)
     )
-    if model.scan:
-        rules = stack_layers(rules)
     if encoding.kind == "seqpe":
         rules += encoder_rules(encoding.layers, len(config.grid), encoding.cls, encoding.final_norm)
         rules += qk_rules(encoding.qk, model.layers, images)
@@ -130,7 +137,8 @@ def qk_rules(qk: str, layers: int, images: bool) -> list[Rule]:
     if qk == "single":
         return _linear_rules("encoding/qk_map", single)
     if qk == "multi":
-        return _linear_rules("encoding/qk_map", *(f"{blocks}.{layer}.attn.pe_qk" for layer in range(layers)))
+        names = (f"{blocks}.{layer}.attn.pe_qk" for layer in range(layers))
+        return [rule._replace(stacked=True) for rule in _linear_rules("encoding/qk_map", *names)]
     return []
 
 
@@ -172,11 +180,11 @@ def to_params(rules: Iterable[Rule], state: State) -> Tree:
     params: Tree = {"encoding": {}, "model": {}}
     for rule in rules:
         *path, last = rule.path.split("/")
-        parts = [rule.to_ours(np.asarray(state[name])) for name in rule.reference_names]
+        layers = [rule.to_ours(*(np.asarray(state[name]) for name in group)) for group in rule.groups]
         tree = params
         for key in path:
             tree = tree.setdefault(key, {})
-        tree[last] = np.ascontiguousarray(parts[0] if len(parts) == 1 and not _stacked(rule) else np.stack(parts))
+        tree[last] = np.ascontiguousarray(np.stack(layers) if rule.stacked else layers[0])
     return params
 
 
@@ -188,26 +196,11 @@ def to_state(rules: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:
         for key in rule.path.split("/"):
             leaf = leaf[key]
         leaf = np.asarray(leaf)
-        for part, name in zip(leaf if _stacked(rule) else [leaf], rule.reference_names, strict=True):
-            state[name] = np.ascontiguousarray(rule.to_theirs(part))
+        for layer, group in zip(leaf if rule.stacked else [leaf], rule.groups, strict=True):
+            theirs = rule.to_theirs(layer)
+            for array, name in zip(theirs if rule.parts > 1 else [theirs], group, strict=True):
+                state[name] = np.ascontiguousarray(array)
     return state
-
-
-def stack_layers(rules: list[Rule]) -> list[Rule]:
-    """Returns the rules of a model whose blocks are one stack (`models.transformer.ScannedBlocks`)."""
-    stacks: dict[str, list[Rule]] = {}
-    for rule in rules:
-        stacks.setdefault(re.sub(r"/blocks_\d+/", "/blocks/layers/", rule.path), []).append(rule)
-    return [
-        stack[0]._replace(path=path, reference_names=tuple(name for rule in stack for name in rule.reference_names))
-        for path, stack in stacks.items()
-    ]
-
-
-def _stacked(rule: Rule) -> bool:
-    return "/blocks/layers/" in rule.path or rule.reference_names[0].endswith(
-        (".attn.pe_qk.weight", ".attn.pe_qk.bias")
-    )
 
 
 def _split_heads(rules: list[Rule], heads: int) -> list[Rule]:

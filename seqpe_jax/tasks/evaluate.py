@@ -115,7 +115,7 @@ def _report(model: Any, split: str, results: list[dict[str, Any]]) -> dict[str, 
     flops = train_loss.step_flops(task.example, settings.batch_size, settings.optimizer.accumulate)
     training_size = list(settings.data.size) if settings.is_image else settings.data.length
     return {
-        "checkpoint": model.folder,
+        "checkpoint": model.folder or model.source,
         "step": model.step,
         "task": task.kind,
         "encoding": settings.encoding.name,

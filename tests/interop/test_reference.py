@@ -8,6 +8,7 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import from_state_dicts, load_reference
+from seqpe_jax.interop.foreign import Arrays
 from tests.goldens import close, load, names, under
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -144,6 +145,7 @@ def test_a_fixed_table_must_be_the_one_that_its_config_describes(goldens):
     spec, arrays = load(goldens, "gpt2", "rotary_a")
     state = under(arrays, "param/")
     right, wrong = ({"pe_model.weight": arrays["in/pe"][0] * scale} for scale in (1.0, 1.01))
-    torch_model.from_checkpoint(torch_reference.ForeignCheckpoint(spec, dict(state), {}, right, ()))
+    sources = [torch_reference.of_spec(spec, lambda table=table: Arrays(state, {}, table, ())) for table in (right, wrong)]
+    _ = torch_model.from_checkpoint(sources[0]).params
     with pytest.raises(InputError, match="pe_model.weight is not the table of encoding 'rotary'"):
-        torch_model.from_checkpoint(torch_reference.ForeignCheckpoint(spec, dict(state), {}, wrong, ()))
+        _ = torch_model.from_checkpoint(sources[1]).params
