@@ -69,6 +69,12 @@ def define_checkpoint_choice() -> flags.FlagHolder:
     return flags.DEFINE_enum("which", "latest", ["latest", "best"], help)
 
 
+def define_ignore_fields() -> flags.FlagHolder:
+    """Defines the flag `--ignore-fields`: fields of a Hugging Face folder that are unknown here and passed over."""
+    help = "fields of a Hugging Face folder's config.json that are unknown here and passed over, e.g. a,b"
+    return flags.DEFINE_list("ignore-fields", [], help)
+
+
 def define_mesh_flags() -> None:
     """Defines the flags --config.mesh.*, for commands that open a trained model; the rest of its config is stored."""
     for name, field in config.model_mesh_fields().items():

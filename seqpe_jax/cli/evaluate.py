@@ -3,6 +3,7 @@
 python -m seqpe_jax.evaluate --checkpoint=runs/first --lengths=64,128,256,512,1024 --output=runs/first/evaluation.json
 python -m seqpe_jax.evaluate --checkpoint=runs/first --contexts=64,256,1024 --output=runs/first/evaluation.json
 python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24x32 --output=runs/digits/evaluation.json
+python -m seqpe_jax.evaluate --checkpoint=downloads/SmolLM2-135M --data=text_files --paths=notes.txt --lengths=512,2048
 python -m seqpe_jax.evaluate --checkpoint=runs/large --config.mesh.fsdp=8 --output=runs/large/evaluation.json
 """
 
@@ -15,7 +16,9 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.run_dir import EVALUATION_FILE, RunDir
 
-_CHECKPOINT = common.define_path("checkpoint", "workdir of a run, or an export")
+_CHECKPOINT = common.define_path(
+    "checkpoint", "workdir of a run, an export, or a folder of Hugging Face or the PyTorch reference"
+)
 _WHICH = common.define_checkpoint_choice()
 _LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
 _CONTEXTS = flags.DEFINE_list(
@@ -43,6 +46,7 @@ _BIT_DEPTH = flags.DEFINE_integer(
     "bit-depth", None, "of grey values in an image folder's files of 16 bits (default: data.bit_depth)", 1, 16
 )
 _TEXT_KEY = flags.DEFINE_string("text-key", None, "field of a record that holds its text (default: data.text_key)")
+_IGNORE_FIELDS = common.define_ignore_fields()
 _OUTPUT = common.define_path(
     "output",
     "JSON file to write; arrays and answers go into the same folder",
@@ -106,8 +110,11 @@ def main() -> None:
         bit_depth=_BIT_DEPTH.value,
     )
     run = RunDir(folder)
-    check_request(loading.load_run_config(run), folder, request)
-    report, arrays = evaluate(loading.open_model(run, _WHICH.value, config_flags.mesh_overrides()), request)
+    check_request(loading.folder_config(run, _IGNORE_FIELDS.value), folder, request)
+    if not (run.is_model() or request.data):
+        raise InputError(f"{folder} has no data set of its own: name one, such as --data=text_files --paths=FILE")
+    model = loading.open_folder(run, _WHICH.value, config_flags.mesh_overrides(), _IGNORE_FIELDS.value)
+    report, arrays = evaluate(model, request)
     if _OUTPUT.value and processes.is_main_process():
         for file in write(report, arrays, as_path(_OUTPUT.value)):
             print(f"written: {file}")

@@ -15,7 +15,8 @@ from absl import flags
 from seqpe_jax.cli import common, config_flags
 from seqpe_jax.files import as_path, require_empty
 
-_CHECKPOINT = common.define_path("checkpoint", "workdir of a run")
+_CHECKPOINT = common.define_path("checkpoint", "workdir of a run, or a folder of Hugging Face or the PyTorch reference")
+_IGNORE_FIELDS = common.define_ignore_fields()
 _WHICH = common.define_checkpoint_choice()
 _OUTPUT = common.define_path("output", "new or empty folder to write", writes="folder")
 _MAX_LENGTH = flags.DEFINE_integer(
@@ -38,7 +39,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves the context that removes the unfinished folder
     processes.enable_compilation_cache()
     require_empty(_OUTPUT.value)
-    model = loading.open_model(_CHECKPOINT.value, _WHICH.value, config_flags.mesh_overrides())
+    model = loading.open_folder(_CHECKPOINT.value, _WHICH.value, config_flags.mesh_overrides(), _IGNORE_FIELDS.value)
     platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
     export.write_export(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
     print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / MODEL_CARD_FILE}")

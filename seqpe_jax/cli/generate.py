@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from seqpe_jax.model import Model
 
 
-_CHECKPOINT = common.define_path("checkpoint", "workdir of a run on text")
+_CHECKPOINT = common.define_path("checkpoint", "workdir of a run on text, or a folder of a Hugging Face decoder")
 _WHICH = common.define_checkpoint_choice()
 _PROMPT = flags.DEFINE_string("prompt", None, "text to continue")
 _FILE = common.define_path("prompts-file", "UTF-8 file with a prompt on each line, instead of --prompt")
@@ -42,6 +42,7 @@ _WINDOW = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the most likely token; larger = more varied text")
 _TOP_P = flags.DEFINE_float("top-p", 1.0, "sample from the most likely tokens that together reach this probability")
 _SEED = flags.DEFINE_integer("seed", 0, "of the sampling, where the temperature is above 0")
+_IGNORE_FIELDS = common.define_ignore_fields()
 _OUTPUT = common.define_path("output", "file to write, one JSON object per prompt and line", writes="file")
 common.define_mesh_flags()
 common.define_process_flags()
@@ -88,18 +89,20 @@ def generate_texts(
     window: int | None = None,
     stream: bool = False,
     mesh: Mapping[str, Any] | None = None,
+    ignore_fields: Sequence[str] = (),
     **options: float,
 ) -> list[dict[str, Any]]:
     """Returns the continuation of each prompt, as an object of `--output`.
 
     Args:
-      checkpoint: path of a workdir of `train`.
+      checkpoint: path of a workdir of `train`, or of another folder that `loading.load` takes.
       prompts: texts to continue.
       max_new_tokens: tokens at most after each prompt.
       which: checkpoint of the run, "latest" or "best" (`loading.open_model`).
       window: tokens of the window, where positions depend on its length (`inference.generate.check_generation`).
       stream: print the continuation of the one prompt while it grows; else a progress line counts the tokens.
       mesh: fields of the config's mesh section (`loading.open_model`).
+      ignore_fields: fields of a Hugging Face folder's config.json that are passed over.
       **options: temperature, top_p and seed of `inference.decode.Sampling`.
 
     Raises:
@@ -116,9 +119,9 @@ def generate_texts(
     processes.enable_compilation_cache()
     Sampling(max_new_tokens, **options)  # refuses bad values before a run is opened
     run = RunDir(checkpoint)
-    if loading.load_run_config(run).is_image:
+    if loading.folder_config(run, ignore_fields).is_image:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
-    model = loading.open_model(run, which, mesh)
+    model = loading.open_folder(run, which, mesh, ignore_fields)
     tokens = model.task.prompts([encode_utf8(prompt) for prompt in prompts])
     sampling = Sampling(max_new_tokens, end=model.tokenizer.eos_id, **options)
     check_generation(
@@ -193,6 +196,7 @@ def main() -> None:
         window=_WINDOW.value,
         stream=_FILE.value is None,
         mesh=config_flags.mesh_overrides(),
+        ignore_fields=_IGNORE_FIELDS.value,
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,
         seed=_SEED.value,

@@ -34,7 +34,9 @@ def convert_to_run(
     """
     require_empty(output)
     if loading.is_run_or_export(source):
-        raise InputError(f"{source} is a run of ours already: --to=reference and --to=huggingface write it in other formats")
+        raise InputError(
+            f"{source} is a run of ours already: --to=reference and --to=huggingface write it in other formats"
+        )
     checkpoint = torch_reference.read(source, ignore_fields)
     model = torch_model.from_checkpoint(checkpoint)
     config = model.config

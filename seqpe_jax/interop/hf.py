@@ -12,6 +12,7 @@ import yaml
 
 from seqpe_jax.data.tokenizers import TOKENIZER_FILE_SETS
 from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.files import parse_json
 from seqpe_jax.interop import pickles
 
 MODEL_FILE = "model.safetensors"
@@ -31,7 +32,7 @@ def read_mapping(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]
     if missing and not file.is_file():
         return {}
     try:
-        found = yaml.safe_load(file.read_text())
+        found = _parse(file.read_text())
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, an impossible date, nested too deep
@@ -39,6 +40,14 @@ def read_mapping(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]
     if not isinstance(found, dict):
         raise InputError(f"{file} must hold a mapping of settings")
     return found
+
+
+def _parse(content: str) -> Any:
+    """Returns the content of a JSON file, or of a YAML file, whose numbers such as 1e-06 would be texts."""
+    try:
+        return parse_json(content)
+    except ValueError:
+        return yaml.safe_load(content)
 
 
 def without_fields(file: pathlib.Path, settings: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:

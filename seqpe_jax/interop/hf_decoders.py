@@ -22,7 +22,7 @@ from seqpe_jax.interop import hf, hf_families, hf_weights, weights
 from seqpe_jax.interop.foreign import Arrays, ForeignCheckpoint
 from seqpe_jax.interop.hf_families import FAMILIES, GPT2_SCALING, Family, Settings
 from seqpe_jax.models import transformer
-from seqpe_jax.run_dir import CONVERSION_FILE, TOKENIZER_FILE, RunDir
+from seqpe_jax.run_dir import TOKENIZER_FILE, RunDir
 from seqpe_jax.trees import num_params
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -94,7 +94,9 @@ def write(model: Any, output: str | os.PathLike, dtype: str = "float32") -> dict
     """
     require_empty(output)
     if model.model_spec.max_grid is not None:
-        raise InputError(f"{model.folder} is an export, which has no positions of its own: give the --workdir of its run")
+        raise InputError(
+            f"{model.folder} is an export, which has no positions of its own: give the --workdir of its run"
+        )
     config = model.config
     section = dataclasses.replace(config.model, vocabulary=model.data_spec.vocabulary)
     config = dataclasses.replace(config, model=section)

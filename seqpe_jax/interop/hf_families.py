@@ -89,7 +89,7 @@ class Family:
       architecture: name of the class that `AutoModelForCausalLM` makes.
       parts: fields that are read and written.
       values: fields with the only value that can be read.
-      neutral: fields that change nothing, beside those of all families.
+      neutral: fields that change nothing, in addition to those of all families.
       encodings: kinds of encodings that its folders have.
     """
 
@@ -180,7 +180,9 @@ def _checked(file: pathlib.Path, name: str, value: Any, kind: type, default: Any
     if not isinstance(value, types) or is_bool != (kind is bool):
         raise InputError(f"{file}: field '{name}' must be {text}, got {value!r}")
     if kind is int and value < (default is REQUIRED):
-        raise InputError(f"{file}: field '{name}' must be {'above' if default is REQUIRED else 'at least'} 0, got {value!r}")
+        raise InputError(
+            f"{file}: field '{name}' must be {'above' if default is REQUIRED else 'at least'} 0, got {value!r}"
+        )
     return kind(value)
 
 
@@ -348,7 +350,7 @@ def _gemma2_pattern(known: Settings) -> list[bool]:
 
 
 def _rope_flags(known: Settings) -> list[bool]:
-    """Whether each layer of a SmolLM3 has rotary positions."""
+    """Flags of the layers of a SmolLM3 that have rotary positions."""
     layers, flags = known["num_hidden_layers"], known["no_rope_layers"]
     if flags is None:
         interval = known["no_rope_layer_interval"] or 1
@@ -624,6 +626,14 @@ def _config_of(family: Family, known: Settings, settings: Settings) -> Config:
     return torch_config.config_of_sections(model, section, {"name": "wikitext103", "length": length, "tokenizer": ""})
 
 
+def rotary_columns(config: Config) -> int:
+    """Returns R, the columns of a head that rotary positions rotated; 0 = none."""
+    encoding, width = config.encoding, config.model.parts.head_width
+    if encoding.kind != "rotary":
+        return 0
+    return round(getattr(encoding, "rotary_share", 1.0) * width)
+
+
 def _model_section(kind: str, draft: Mapping[str, Any]) -> dict[str, Any]:
     """The section model of values that were read.
 
@@ -692,7 +702,7 @@ EXPORT_HINT = (
 
 
 def _differences(config: Config, back: Config) -> list[str]:
-    """What a config that was written and read again computes otherwise: "field=value, here value"."""
+    """Fields in which a config that was written and read again differs: "field=value, here value"."""
     pairs = {
         f"model.{name}": (value, getattr(config.model.parts, name))
         for name, value in dataclasses.asdict(back.model.parts).items()

@@ -1,6 +1,6 @@
-"""Arrays of Hugging Face decoders <-> parameters: names, layouts, and the order of the columns that rotary positions turn.
+"""Arrays of Hugging Face decoders <-> parameters: names, layouts, and the order of the columns that rotary positions rotate.
 
-Hugging Face turns the pairs (i, i + R / 2) of the first R columns of a head, models here (2 i, 2 i + 1): the columns of the
+Hugging Face rotates the pairs (i, i + R / 2) of the first R columns of a head, models here (2 i, 2 i + 1): the columns of the
 maps that make queries and keys, of their biases and of their norms change places. Weights there are (out, in).
 """
 
@@ -99,7 +99,7 @@ def make_rules(family: Family, config: Config, rotary_columns: int) -> list[Rule
     Args:
       family: family whose names the arrays have.
       config: config of the model.
-      rotary_columns: R, columns of a head that rotary positions turn; 0 = none.
+      rotary_columns: R, columns of a head that rotate; 0 = none.
     """
     model, names = config.model, names_of(family)
     if family.kind == "gpt2":
@@ -153,9 +153,7 @@ def known_state(
         if state.pop(head, None) is not None:
             left_out[head] = "tied to the token embedding"
     elif head not in state:
-        raise InputError(
-            f"{source} lacks {head}, and config.json has tie_word_embeddings=false: give all its weights"
-        )
+        raise InputError(f"{source} lacks {head}, and config.json has tie_word_embeddings=false: give all its weights")
     return state, left_out
 
 
@@ -196,20 +194,21 @@ def _attention_rules(path: str, block: str, names: Names, config: Config, order:
     rules.append(Rule(f"{path}/out/kernel", (f"{out}.weight",), out_to_ours, out_to_theirs))
     rules += [Rule(f"{path}/out/bias", (f"{out}.bias",))] if parts.bias == "all" else []
     if parts.qk_norm != "none":
-        for ours, theirs in (("q_norm", "self_attn.q_norm"), ("k_norm", "self_attn.k_norm")):
-            rules.append(_qk_norm_rule(f"{path}/{ours}/scale", f"{block}.{theirs}.weight", order))
+        for name, count in (("q_norm", heads), ("k_norm", parts.kv_heads)):
+            count = count if parts.qk_norm == "all" else 0
+            rules.append(_qk_norm_rule(f"{path}/{name}/scale", f"{block}.self_attn.{name}.weight", count, order))
     return rules
 
 
 def _head_rules(
-    path: str, names: tuple[str, ...], turned: tuple[bool, ...], parts: Any, heads: int, order: np.ndarray
+    path: str, names: tuple[str, ...], rotates: tuple[bool, ...], parts: Any, heads: int, order: np.ndarray
 ) -> list[Rule]:
     """Rules of a map [D, n, heads, K], or [D, heads, K] for n = 1, and of its bias, from n maps.
 
     Args:
       path: path of the map here.
       names: names of the n maps there.
-      turned: for each of them, whether rotary positions turn its columns.
+      rotates: for each of them, whether its columns rotate.
       parts: parts of the model.
       heads: heads of each map.
       order: result of `column_order`.
@@ -218,12 +217,12 @@ def _head_rules(
 
     def to_ours(*arrays: np.ndarray) -> np.ndarray:
         split = [array.T.reshape(*array.T.shape[:-1], heads, -1) for array in arrays]
-        ordered = [array[..., order] if turn else array for array, turn in zip(split, turned, strict=True)]
+        ordered = [array[..., order] if rotate else array for array, rotate in zip(split, rotates, strict=True)]
         return ordered[0] if len(ordered) == 1 else np.stack(ordered, axis=-3)
 
     def to_theirs(array: np.ndarray) -> Any:
         split = [array] if len(names) == 1 else [array[..., part, :, :] for part in range(len(names))]
-        ordered = [one[..., back] if turn else one for one, turn in zip(split, turned, strict=True)]
+        ordered = [one[..., back] if rotate else one for one, rotate in zip(split, rotates, strict=True)]
         found = [one.reshape(*one.shape[:-2], -1).T for one in ordered]
         return found[0] if len(found) == 1 else found
 
@@ -237,25 +236,25 @@ def _fused_rule(path: str, name: str, heads: int, order: np.ndarray) -> Rule:
     """Rule of a map or bias [..., 3, H, K], which has the parts of a head side by side there."""
     back = np.argsort(order)
 
-    def turn(array: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def reorder(array: np.ndarray, columns: np.ndarray) -> np.ndarray:
         return np.concatenate([array[..., :2, :, :][..., columns], array[..., 2:, :, :]], axis=-3)
 
     def to_ours(array: np.ndarray) -> np.ndarray:
         array = array.T
-        return turn(np.moveaxis(array.reshape(*array.shape[:-1], heads, 3, -1), -2, -3), order)
+        return reorder(np.moveaxis(array.reshape(*array.shape[:-1], heads, 3, -1), -2, -3), order)
 
     def to_theirs(array: np.ndarray) -> np.ndarray:
-        array = np.moveaxis(turn(array, back), -3, -2)
+        array = np.moveaxis(reorder(array, back), -3, -2)
         return array.reshape(*array.shape[:-3], -1).T
 
     return Rule(path, (name,), to_ours, to_theirs)
 
 
-def _qk_norm_rule(path: str, name: str, order: np.ndarray) -> Rule:
-    """Rule of the norm of queries or keys, of a head [K] or of all heads [H K]."""
+def _qk_norm_rule(path: str, name: str, heads: int, order: np.ndarray) -> Rule:
+    """Rule of the norm of queries or keys: of a head [K], for heads = 0, or of all heads [heads, K], a vector there."""
     back = np.argsort(order)
 
-    def turn(array: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        return array.reshape(-1, len(columns))[:, columns].reshape(array.shape)
+    def to_ours(array: np.ndarray) -> np.ndarray:
+        return array.reshape(heads, -1)[:, order] if heads else array[order]
 
-    return Rule(path, (name,), lambda array: turn(array, order), lambda array: turn(array, back))
+    return Rule(path, (name,), to_ours, lambda array: array[..., back].reshape(-1))

@@ -280,7 +280,10 @@ def config_from_spec(spec: ReferenceSpec) -> Config:
 
 
 def config_of_sections(
-    model: Mapping[str, Any], encoding: Mapping[str, Any], data: Mapping[str, Any], compat: Mapping[str, Any] | None = None
+    model: Mapping[str, Any],
+    encoding: Mapping[str, Any],
+    data: Mapping[str, Any],
+    compat: Mapping[str, Any] | None = None,
 ) -> Config:
     """Returns the validated config of a model of other programs, which is not trained with the losses of its own training.
 

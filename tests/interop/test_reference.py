@@ -145,7 +145,9 @@ def test_a_fixed_table_must_be_the_one_that_its_config_describes(goldens):
     spec, arrays = load(goldens, "gpt2", "rotary_a")
     state = under(arrays, "param/")
     right, wrong = ({"pe_model.weight": arrays["in/pe"][0] * scale} for scale in (1.0, 1.01))
-    sources = [torch_reference.of_spec(spec, lambda table=table: Arrays(state, {}, table, ())) for table in (right, wrong)]
+    sources = [
+        torch_reference.of_spec(spec, lambda table=table: Arrays(state, {}, table, ())) for table in (right, wrong)
+    ]
     _ = torch_model.from_checkpoint(sources[0]).params
     with pytest.raises(InputError, match="pe_model.weight is not the table of encoding 'rotary'"):
         _ = torch_model.from_checkpoint(sources[1]).params
