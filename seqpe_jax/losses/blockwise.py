@@ -23,7 +23,10 @@ from seqpe_jax.axes import (
     shards,
     with_logical_constraint,
 )
+from seqpe_jax.models.attention_inputs import cap_logits, cap_slope
 
+Scaling = tuple[float, float]
+UNSCALED: Scaling = (1.0, 0.0)
 LOGITS_PER_BLOCK = 2**25  # of a device, float32: 128 MiB
 
 
@@ -39,38 +42,46 @@ def fit_one_block(batch: int, length: int, vocabulary: int) -> bool:
     return batch * length * vocabulary <= LOGITS_PER_BLOCK * devices
 
 
-def token_losses(hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array) -> jax.Array:
+def token_losses(
+    hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, scaling: Scaling = UNSCALED
+) -> jax.Array:
     """Returns the cross-entropy of each token, float32[B, L] in nats, without gradients.
 
     Args:
       hidden_BLD: final states.
       embedding_VD: float32, output embedding as stored; logits are its products with the states, in their dtype.
       targets_BL: int32, below V.
+      scaling: factor of these products, and the cap of the logits after it, 0 = none (`Decoder.logit_scaling`).
     """
-    return _on_devices(hidden_BLD, embedding_VD, targets_BL, jnp.zeros(()), gradients=False)[0]
+    return _on_devices(hidden_BLD, embedding_VD, targets_BL, jnp.zeros(()), scaling, gradients=False)[0]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_loss(
-    hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array
+    hidden_BLD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    scaling: Scaling = UNSCALED,
 ) -> jax.Array:
     """Returns the weighted sum of the cross-entropies of all tokens, float32[] in nats.
 
     Args:
-      hidden_BLD, embedding_VD, targets_BL: as in `token_losses`.
+      hidden_BLD, embedding_VD, targets_BL, scaling: as in `token_losses`.
       weights_BL: float32, without gradient.
     """
-    return (token_losses(hidden_BLD, embedding_VD, targets_BL) * weights_BL).sum()
+    return (token_losses(hidden_BLD, embedding_VD, targets_BL, scaling) * weights_BL).sum()
 
 
 def _forward(
-    hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array
+    hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, scaling: Scaling
 ) -> tuple[jax.Array, Any]:
-    losses_BL, *gradients = _on_devices(hidden_BLD, embedding_VD, targets_BL, weights_BL, gradients=True)
+    losses_BL, *gradients = _on_devices(hidden_BLD, embedding_VD, targets_BL, weights_BL, scaling, gradients=True)
     return (losses_BL * weights_BL).sum(), gradients
 
 
-def _backward(gradients: Any, d_loss: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+def _backward(scaling: Scaling, gradients: Any, d_loss: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+    del scaling
     d_hidden_BLD, d_embedding_VD = gradients
     return (d_loss * d_hidden_BLD).astype(d_hidden_BLD.dtype), d_loss * d_embedding_VD, None, None
 
@@ -79,7 +90,12 @@ weighted_loss.defvjp(_forward, _backward)
 
 
 def _on_devices(
-    hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, gradients: bool
+    hidden_BLD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    scaling: Scaling,
+    gradients: bool,
 ) -> tuple[jax.Array, ...]:
     """Returns the losses float32[B, L], and the gradients of their weighted sum: [B, L, D] of the states, float32[V, D]."""
     batch, length, width = hidden_BLD.shape
@@ -101,7 +117,9 @@ def _on_devices(
     # Without padding where possible.
     num_blocks = next((number for number in range(least, 2 * least) if count % number == 0), least)
     results = axes.shard_map(
-        functools.partial(_on_device, vocabulary=vocabulary, num_blocks=num_blocks, gradients=gradients),
+        functools.partial(
+            _on_device, vocabulary=vocabulary, num_blocks=num_blocks, scaling=scaling, gradients=gradients
+        ),
         (hidden_BLD, embedding_VD, targets_BL, weights_BL),
         (states, table, tokens, tokens),
         results=(tokens, states, table) if gradients else (tokens,),
@@ -121,6 +139,7 @@ def _on_device(
     *,
     vocabulary: int,
     num_blocks: int,
+    scaling: Scaling,
     gradients: bool,
 ) -> tuple[jax.Array, ...]:
     """Returns what `_on_devices` does, of the shards of one device."""
@@ -134,7 +153,7 @@ def _on_device(
         return padded.reshape(num_blocks, block, *flat.shape[1:])
 
     def add_block(d_embedding_VD: jax.Array | None, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array | None, Any]:
-        losses_T, d_hidden_TD, d_block_VD = _block_terms(*inputs, embedding_VD, vocabulary, gradients)
+        losses_T, d_hidden_TD, d_block_VD = _block_terms(*inputs, embedding_VD, vocabulary, scaling, gradients)
         total = d_embedding_VD if d_block_VD is None else d_embedding_VD + d_block_VD
         return total, (losses_T, d_hidden_TD)
 
@@ -155,6 +174,7 @@ def _block_terms(
     weights_T: jax.Array,
     embedding_VD: jax.Array,
     vocabulary: int,
+    scaling: Scaling,
     gradients: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Returns (losses float32[T], gradient of the states [T, D], float32[V, D] of the embedding) of a block.
@@ -164,11 +184,14 @@ def _block_terms(
       targets_T, weights_T: of the tokens of all devices that share the vocabulary.
       embedding_VD: rows of this device; so is their gradient, which comes from the tokens of these devices.
       vocabulary: rows of all devices without padding.
+      scaling: see `token_losses`.
       gradients: False = None in place of both.
     """
     own, dtype = len(hidden_TD), hidden_TD.dtype
     hidden_TD = axes.all_gather(hidden_TD, PARAM_SHARDS)
     logits_TV = jnp.einsum("td,vd->tv", hidden_TD, embedding_VD, preferred_element_type=jnp.float32)
+    multiplier, cap = scaling
+    logits_TV = capped_TV = cap_logits(logits_TV if multiplier == 1.0 else logits_TV * multiplier, cap)
     ids_V = axes.shard_index(VOCABULARY_SHARDS) * len(embedding_VD) + jnp.arange(len(embedding_VD))
     logits_TV = jnp.where(ids_V < vocabulary, logits_TV, -jnp.inf)  # rows that pad the embedding
     max_T = axes.pmax(logits_TV.max(axis=-1), VOCABULARY_SHARDS)
@@ -182,6 +205,8 @@ def _block_terms(
     if not gradients:
         return losses_T, None, None
     d_logits_TV = weights_T[:, None] * (exp_TV / sum_T[:, None] - is_target_TV)
+    if scaling != UNSCALED:
+        d_logits_TV *= multiplier * cap_slope(capped_TV, cap)
     d_logits_TV = d_logits_TV.astype(dtype)
     d_hidden_TD = jnp.einsum("tv,vd->td", d_logits_TV, embedding_VD)
     d_hidden_TD = axes.psum_scatter(axes.psum(d_hidden_TD, VOCABULARY), PARAM_SHARDS)

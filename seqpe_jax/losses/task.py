@@ -47,8 +47,13 @@ class NetworkCall:
         return self.network.apply(self.variables, hidden_BLD, method="logits")
 
     def logit_embedding(self) -> jax.Array:
-        """Returns the embedding whose products with final states are the logits, float32[V, D] as stored."""
+        """Returns the embedding whose products with final states become the logits, float32[V, D] as stored."""
         return self.network.apply(self.variables, method="logit_embedding")
+
+    @property
+    def logit_scaling(self) -> blockwise.Scaling:
+        """Factor and cap of these products."""
+        return self.network.logit_scaling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,8 @@ class NextTokenLoss:
         if weights_BL is None:
             weights_BL = jnp.ones(targets_BL.shape, jnp.float32)
         weights_BL = weights_BL / _total_weight(weights_BL)
-        return blockwise.weighted_loss(hidden_BLD, network.logit_embedding(), targets_BL, weights_BL), {}
+        arguments = (hidden_BLD, network.logit_embedding(), targets_BL, weights_BL, network.logit_scaling)
+        return blockwise.weighted_loss(*arguments), {}
 
     def eval_step(
         self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
@@ -93,7 +99,8 @@ class NextTokenLoss:
         hidden_BLD = call.hidden(batch["tokens"][:, :-1])
         if blockwise.fit_one_block(*targets_BL.shape, len(call.logit_embedding())):
             return {"loss": cross_entropy(call.logits(hidden_BLD), targets_BL)[1]}
-        return {"loss": blockwise.token_losses(hidden_BLD, call.logit_embedding(), targets_BL)}
+        arguments = (hidden_BLD, call.logit_embedding(), targets_BL, call.logit_scaling)
+        return {"loss": blockwise.token_losses(*arguments)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.axes import all_gather_params
@@ -209,11 +208,35 @@ def dropout_key(key: jax.Array, random_bits: str) -> jax.Array:
     return jax.random.wrap_key_data(jnp.concatenate([key, jax.random.fold_in(key, 1)]), impl="rbg")
 
 
+def block_weights(config: Config) -> int:
+    """Returns the weights of one block by which each token is multiplied, without those of norms and biases.
+
+    Of D x D maps with H = G heads of width D / H and an MLP of 4 D that is 12 D^2; forget gates have D H, and M parabolas 2 M D H.
+    """
+    model, parts = config.model, config.model.parts
+    attention = (2 * parts.heads + 2 * parts.kv_heads) * parts.head_width  # q and out, k and v
+    gates = 0 if config.encoding.gate == "none" else parts.heads
+    gates += 2 * config.encoding.resolved(config.dims).parabolas * parts.heads
+    return model.width * (attention + (3 if parts.gated else 2) * parts.mlp_width + gates)
+
+
+def keys_per_query(config: Config) -> tuple[float, float]:
+    """Returns the keys that a query is compared with, summed over layers: (on average where attention is causal, at most)."""
+    num_positions, parts = math.prod(config.grid), config.model.parts
+    averages, most = 0.0, 0
+    for layer in range(config.model.layers):
+        keys = min(parts.window_of(layer) or num_positions, num_positions)
+        averages += keys if config.is_image else keys - keys**2 / (2 * num_positions)
+        most += keys
+    return averages, most
+
+
 def model_flops(config: Config, vocabulary: int, *, tokens: int, training: bool) -> dict[str, float]:
     """Returns the floating-point operations of the network's matrix products, without the encoding's.
 
-    Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D, D H of gates, 2 M D H of M parabolas) and of the logits (D V), and 4 L D in
-    each block for attention to all L keys. A training step needs three times as many: forward, and twice that backward.
+    Per token: 2 for each weight of a block (`block_weights`) and of the logits (D V), and 4 H K in each block for each key that
+    attention compares it with: all L, or those of a window. A training step needs three times as many: forward, and twice
+    that backward.
 
     Args:
       config: config of the model.
@@ -226,14 +249,11 @@ def model_flops(config: Config, vocabulary: int, *, tokens: int, training: bool)
       since 2025; "mfu_full_attention" counts all of it, as PaLM (arXiv 2204.02311, appendix B) and most reports before.
       For images, which are not causal, both are the same.
     """
-    model, num_positions = config.model, int(np.prod(config.grid))
-    width, mlp = model.width, model.mlp_width or 4 * model.width
-    gates = 0 if config.encoding.gate == "none" else width * model.heads
-    gates += 2 * config.encoding.resolved(config.dims).parabolas * width * model.heads
-    weights = model.layers * 2 * (4 * width**2 + 2 * width * mlp + gates) + 2 * width * vocabulary
-    attention = model.layers * 4 * num_positions * width
-    counted = {"mfu": attention if config.is_image else attention / 2, "mfu_full_attention": attention}
-    return {name: float(tokens * (weights + part) * (3 if training else 1)) for name, part in counted.items()}
+    model, parts = config.model, config.model.parts
+    weights = 2 * (model.layers * block_weights(config) + model.width * vocabulary)
+    counted = zip(("mfu", "mfu_full_attention"), keys_per_query(config), strict=True)
+    attention = {name: 4 * parts.heads * parts.head_width * keys for name, keys in counted}
+    return {name: float(tokens * (weights + part) * (3 if training else 1)) for name, part in attention.items()}
 
 
 def check_encoding(config: Config) -> None:
@@ -261,16 +281,17 @@ def position_grid_of(config: Config) -> PositionGrid:
 def _network(config: Config, data_spec: DataSpec) -> Decoder | ViT:
     """The network of a config."""
     model, encoding = config.model, config.encoding
+    parts = dataclasses.asdict(model.parts)
+    if parts["attention_scale"] == model.parts.head_width**-0.5:
+        parts["attention_scale"] = None  # attention divides by sqrt(K), as it always has
     transformer = TransformerConfig(
         layers=model.layers,
         width=model.width,
-        heads=model.heads,
-        mlp_width=model.mlp_width,
+        **parts,
         dropout=model.dropout,
         attention_dropout=model.attention_dropout,
         embedding_dropout=model.embedding_dropout,
         drop_path=model.drop_path if model.kind == "vit" else 0.0,
-        activation=model.parts.activation,
         layer_norm_epsilon=model.layer_norm_epsilon,
         init_std=model.init_std,
         remat=model.remat,

@@ -1,4 +1,4 @@
-"""GPT-2 without position embeddings of its own: positions come as a `PositionSignal`."""
+"""Decoders of text, from GPT-2 to Gemma 2: their parts are those of a config, and positions come as a `PositionSignal`."""
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ from seqpe_jax.axes import (
 )
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.models.attention import KVCache, position_logits
-from seqpe_jax.models.transformer import Network, make_blocks, run_block, run_blocks
+from seqpe_jax.models.attention_inputs import cap_logits
+from seqpe_jax.models.transformer import Network, make_blocks, make_norm, run_block, run_blocks
 
 
 class Decoder(Network):
-    """A causal language model (Radford et al. 2019).
+    """A causal language model; `config.decoder_presets` has the parts of published families.
 
     Attributes:
       config: hyperparameters of the blocks and embeddings.
@@ -40,7 +41,7 @@ class Decoder(Network):
         if not self.tied:
             self.output_embedding = nn.Embed(self.vocabulary, config.width, embedding_init=init)
         self.blocks = make_blocks(config)
-        self.final_norm = nn.LayerNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype)
+        self.final_norm = make_norm(config)
         self.embedding_drop = nn.Dropout(config.embedding_dropout)
 
     def __call__(self, tokens_BL: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
@@ -60,7 +61,12 @@ class Decoder(Network):
         return with_logical_constraint(x_BLD, BATCH, LENGTH, None)
 
     def forward_cached(
-        self, tokens_BL: jax.Array, signal: PositionSignal, cache: tuple[KVCache, ...], token_index_PL: jax.Array
+        self,
+        tokens_BL: jax.Array,
+        signal: PositionSignal,
+        cache: tuple[KVCache, ...],
+        token_index_PL: jax.Array,
+        lengths_B: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         """Returns the final states [B, L, D] of new tokens of a window, and the cache with them written: prefill and decode.
 
@@ -72,22 +78,24 @@ class Decoder(Network):
           cache: KV cache of each layer, `init_cache` before the first tokens; for the window, or for as many of its first indices as
             are attended to.
           token_index_PL: int32, indices of the new tokens in the window (`attention.attend_cached`).
+          lengths_B: int32, number of new tokens that are no padding; None = all.
         """
         input_embedding = None if signal.input_embedding is None else signal.input_embedding[0][token_index_PL]
         x_BLD = self._embed(tokens_BL, input_embedding, True)
-        shared = None
-        # One array for all layers; not for several tokens, for which it would be large.
-        if tokens_BL.shape[1] == 1 and not {"position_query_key", "bias"} & set(signal.per_layer_fields):
-            shared = position_logits(signal, token_index_PL, cache[0].key.shape[1])
-        caches = []
+        # One array for all layers of a kind; not for several tokens, for which it would be large.
+        is_shared = tokens_BL.shape[1] == 1 and not {"position_query_key", "bias"} & set(signal.per_layer_fields)
+        caches, shared = [], {}
         for layer in range(self.config.layers):
-            arguments = (signal.at_layer(layer), cache[layer], token_index_PL, shared)
+            of_layer, window = signal.at_layer(layer), self.config.window_of(layer)
+            if is_shared and window not in shared:
+                shared[window] = position_logits(of_layer, token_index_PL, cache[layer].key.shape[1], window)
+            arguments = (of_layer, cache[layer], token_index_PL, shared.get(window), lengths_B)
             x_BLD, layer_cache = run_block(self.blocks, layer, "forward_cached", x_BLD, *arguments)
             caches.append(layer_cache)
         return self.final_norm(x_BLD), tuple(caches)
 
     def init_cache(self, batch: int, length: int, signal: PositionSignal) -> tuple[KVCache, ...]:
-        """Returns the empty cache of each layer.
+        """Returns the empty cache of each layer; that of a layer with a window has no more rows than the window.
 
         Args:
           batch: number of samples.
@@ -95,19 +103,30 @@ class Decoder(Network):
           signal: PositionSignal of the window.
         """
         config = self.config
-        value = jnp.zeros((batch, length, config.heads, config.head_width), config.dtype)
-        key = value if signal.polar_phase is None else jnp.concatenate([value, value], axis=-1)
-        cum_log_gate = jnp.zeros((batch, length, config.heads)) if config.gate else None
-        return (KVCache(key, value, cum_log_gate),) * config.layers
+
+        def of_layer(layer: int) -> KVCache:
+            rows = min(length, config.window_of(layer) or length)
+            value = jnp.zeros((batch, rows, config.kv_heads, config.head_width), config.dtype)
+            key = value if signal.polar_phase is None else jnp.concatenate([value, value], axis=-1)
+            return KVCache(key, value, jnp.zeros((batch, rows, config.heads)) if config.gate else None)
+
+        return tuple(map(of_layer, range(config.layers)))
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Returns the logits float32[B, L, V] of final states."""
         embedding_VD = all_gather_param(self.logit_embedding().astype(self.config.dtype), VOCABULARY, WIDTH)
         logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
+        multiplier, cap = self.logit_scaling()
+        logits_BLV = cap_logits(logits_BLV if multiplier == 1.0 else logits_BLV * multiplier, cap)
         return with_logical_constraint(logits_BLV, BATCH, LENGTH, VOCABULARY)
 
+    @nn.nowrap
+    def logit_scaling(self) -> tuple[float, float]:
+        """Returns the factor of the logits, and the cap that they have after it, 0 = none."""
+        return self.config.logit_multiplier, self.config.logit_cap
+
     def logit_embedding(self) -> jax.Array:
-        """Returns the embedding whose products with final states are the logits, float32[V, D] as stored."""
+        """Returns the embedding whose products with final states become the logits, float32[V, D] as stored."""
         return (self.token_embedding if self.tied else self.output_embedding).embedding
 
     def _embed(self, tokens_BL: jax.Array, position_PLD: jax.Array | None, deterministic: bool) -> jax.Array:
@@ -121,6 +140,9 @@ class Decoder(Network):
         # One mesh axis after the other: the compiler would gather all states for both at once.
         x_BLD = with_logical_constraint(x_BLD, OUTER_BATCH, LENGTH, BATCH_SHARDS)
         x_BLD = with_logical_constraint(x_BLD, BATCH, LENGTH, None)
+        if self.config.embedding_multiplier != 1.0:
+            # Rounded to the dtype of the arithmetic, as the checkpoints that have one were trained.
+            x_BLD = x_BLD * jnp.asarray(self.config.embedding_multiplier, self.config.dtype).astype(x_BLD.dtype)
         if position_PLD is not None:
             x_BLD = x_BLD + broadcast_to_batch(position_PLD, tokens_BL.shape[0])
         return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.config.dtype)

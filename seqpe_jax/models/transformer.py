@@ -1,4 +1,4 @@
-"""Pre-LayerNorm transformer blocks, one after another or stacked and scanned over."""
+"""Transformer blocks with the parts that a config chooses, one after another or stacked and scanned over."""
 
 import dataclasses
 import functools
@@ -66,7 +66,7 @@ class TransformerConfig:
     Attributes:
       layers: number of blocks.
       width: D, size of the states.
-      heads: H, number of attention heads; divides `width`.
+      heads: H, number of attention heads.
       mlp_width: hidden size of the MLP; 0 = 4 D.
       dropout: rate after attention and after the MLP.
       attention_dropout: rate on attention weights.
@@ -74,7 +74,7 @@ class TransformerConfig:
       drop_path: stochastic depth (Huang et al. 2016), probability that a sample skips a branch of the last block; it grows
         linearly from 0 at the first block.
       activation: activation of the MLP, one of `ACTIVATIONS`.
-      layer_norm_epsilon: added to the variance.
+      layer_norm_epsilon: added to the variance, or to the mean square.
       init_std: standard deviation of normal initial weights.
       dtype: dtype of the arithmetic; parameters are float32.
       matmul_precision: precision of products of float32 arrays, as `jax.default_matmul_precision` names it.
@@ -90,6 +90,11 @@ class TransformerConfig:
       gate: one of `GATES`, or "" for none.
       gate_bias_init: forget gates start near sigmoid(gate_bias_init).
       parabolas: M of a signal's `parabola`; 0 = it has none.
+      norm, norm_placement, mlp, bias, qk_norm, residual, attention_cap, logit_cap, embedding_multiplier,
+        residual_multiplier, logit_multiplier, window, window_layers: see `config.decoder_presets.Parts`.
+      kv_heads: G, heads of keys and values; divides H; 0 = H.
+      head_width: K, size of a head; 0 = D / H.
+      attention_scale: factor of q . k; None = 1 / sqrt(K).
     """
 
     layers: int
@@ -116,11 +121,32 @@ class TransformerConfig:
     gate: str = ""
     gate_bias_init: float = 0.0
     parabolas: int = 0
+    norm: str = "layer_norm"
+    norm_placement: str = "pre"
+    mlp: str = "plain"
+    kv_heads: int = 0
+    head_width: int = 0
+    bias: str = "all"
+    qk_norm: str = "none"
+    residual: str = "sequential"
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    attention_scale: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    window: int = 0
+    window_layers: tuple[bool, ...] = ()
 
-    @property
-    def head_width(self) -> int:
-        """K, the size of a head."""
-        return self.width // self.heads
+    def __post_init__(self) -> None:
+        """Fills in the sizes that follow from others."""
+        object.__setattr__(self, "mlp_width", self.mlp_width or 4 * self.width)
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        object.__setattr__(self, "head_width", self.head_width or self.width // self.heads)
+
+    def window_of(self, layer: int) -> int:
+        """Returns the keys that a query of a layer sees; 0 = all."""
+        return self.window if self.window and self.window_layers[layer] else 0
 
 
 class Network(nn.Module):
@@ -175,6 +201,45 @@ class Linear(nn.Module):
         return product if bias is None else product + bias.astype(self.dtype)
 
 
+class RMSNorm(nn.Module):
+    """Division by the root of the mean square (Zhang and Sennrich 2019), computed in float32.
+
+    Attributes:
+      epsilon: added to the mean square.
+      dtype: dtype of the result.
+      plus_one: the weight is 1 + the parameter, which begins at 0 (Gemma).
+      dims: number of last dimensions that are normalized together; the parameter has their shape.
+    """
+
+    epsilon: float
+    dtype: Any
+    plus_one: bool = False
+    dims: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the normalized array."""
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", init, x.shape[-self.dims :], jnp.float32)
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=range(-self.dims, 0), keepdims=True)
+        normalized = x * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normalized * (1.0 + scale if self.plus_one else scale)).astype(self.dtype)
+
+
+def make_norm(config: TransformerConfig, dims: int = 1) -> nn.Module:
+    """Returns a norm of a model.
+
+    Args:
+      config: hyperparameters of the model.
+      dims: number of last dimensions that are normalized together.
+    """
+    if config.norm == "layer_norm":
+        axes = tuple(range(-dims, 0))
+        return nn.LayerNorm(config.layer_norm_epsilon, config.dtype, reduction_axes=axes, feature_axes=axes)
+    return RMSNorm(config.layer_norm_epsilon, config.dtype, config.norm == "rms_norm_plus_one", dims)
+
+
 def cumsum(log_gate_BLH: jax.Array) -> jax.Array:
     """Returns the cumulative sum along L, float32[B, L, H]; L may be symbolic, which jnp.cumsum does not export."""
     if isinstance(log_gate_BLH.shape[1], int):
@@ -210,7 +275,7 @@ def parabola_query_key(
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and added to the residual stream.
+    """Attention and MLP, each added to the residual stream, with norms before, after or on both sides.
 
     Under the mesh axis `tensor`, which splits heads and hidden units, the residual stream is split along the sequence: each
     map into heads or hidden units gathers it, each map out of them ends with a reduce-scatter.
@@ -219,23 +284,38 @@ class Block(nn.Module):
       config: hyperparameters of the model.
       drop_path: probability that a sample skips a branch of this block while training; the others' branches are scaled up
         by 1 / (1 - drop_path).
+      window: keys that a query sees; 0 = all.
     """
 
     config: TransformerConfig
     drop_path: float = 0.0
+    window: int = 0
 
     def setup(self) -> None:
-        """Creates the two norms and the four linear maps."""
+        """Creates the norms and the linear maps."""
         config, normal, head_width = self.config, nn.initializers.normal, self.config.head_width
-        heads, width, mlp_width = config.heads, config.width, config.mlp_width or 4 * config.width
+        heads, kv_heads, width, mlp_width = config.heads, config.kv_heads, config.width, config.mlp_width
         residual_std = config.init_std / (math.sqrt(2 * config.layers) if config.scale_residual else 1.0)
-        norm = functools.partial(nn.LayerNorm, epsilon=config.layer_norm_epsilon, dtype=config.dtype)
         linear = functools.partial(Linear, dtype=config.dtype, kernel_init=normal(config.init_std))
-        residual = functools.partial(Linear, dtype=config.dtype, kernel_init=normal(residual_std))
-        self.norm_1, self.norm_2 = norm(), norm()
-        self.qkv = linear((width, 3, heads, head_width), (WIDTH, None, HEADS, None))
+        biased = {"bias_init": None if config.bias == "none" else 0.0}  # maps of queries, keys and values
+        plain = {"bias_init": 0.0 if config.bias == "all" else None}
+        residual = functools.partial(Linear, dtype=config.dtype, kernel_init=normal(residual_std), **plain)
+        if config.norm_placement != "post":
+            self.norm_1, self.norm_2 = make_norm(config), make_norm(config)
+        if config.norm_placement != "pre":
+            self.post_norm_1, self.post_norm_2 = make_norm(config), make_norm(config)
+        if kv_heads == heads:
+            self.qkv = linear((width, 3, heads, head_width), (WIDTH, None, HEADS, None), **biased)
+        else:
+            self.q = linear((width, heads, head_width), (WIDTH, HEADS, None), **biased)
+            self.kv = linear((width, 2, kv_heads, head_width), (WIDTH, None, HEADS, None), **biased)
+        if config.qk_norm != "none":
+            dims = 1 if config.qk_norm == "head" else 2
+            self.q_norm, self.k_norm = make_norm(config, dims), make_norm(config, dims)
         self.out = residual((heads, head_width, width), (HEADS, None, WIDTH), contract_dims=2)
-        self.mlp_in = linear((width, mlp_width), (WIDTH, MLP))
+        self.mlp_in = linear((width, mlp_width), (WIDTH, MLP), **plain)
+        if config.mlp != "plain":
+            self.mlp_gate = linear((width, mlp_width), (WIDTH, MLP), **plain)
         self.mlp_out = residual((mlp_width, width), (MLP, WIDTH))
         self.drop = nn.Dropout(config.dropout)
         if config.gate:
@@ -266,6 +346,7 @@ class Block(nn.Module):
             self._with_parabolas(x_BLD, signal),
             cum_log_gate_BLH,
             causal=self.config.causal,
+            **self._logit_options,
             **self._backend,
             dropout_rate=rate,
             dropout_key=self.make_rng("dropout") if rate > 0 and not deterministic else None,
@@ -281,22 +362,30 @@ class Block(nn.Module):
         cache: KVCache,
         token_index_PL: jax.Array,
         position_logits_PHLS: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Returns the next states of new tokens of a window, and the cache with them written.
 
         Args:
           x_BLD: states of the new tokens.
           signal: PositionSignal of this layer and the whole window.
-          cache, token_index_PL, position_logits_PHLS: see `attention.attend_cached`.
+          cache, token_index_PL, position_logits_PHLS, lengths_B: see `attention.attend_cached`.
         """
-        inputs = (signal, cache, token_index_PL, position_logits_PHLS, self._log_forget_gate(x_BLD))
-        attended, cache = attend_cached(*self._query_key_value(x_BLD), *inputs, **self._backend)
+        inputs = (signal, cache, token_index_PL, position_logits_PHLS, self._log_forget_gate(x_BLD), lengths_B)
+        options = self._logit_options | self._backend
+        attended, cache = attend_cached(*self._query_key_value(x_BLD), *inputs, **options)
         return self._residual_and_mlp(x_BLD, attended), cache
 
     def attention_weights(self, x_BLD: jax.Array, signal: PositionSignal) -> jax.Array:
         """Returns the attention weights, float32[B, H, L, L]; signal: of this layer."""
         query, key, _ = self._query_key_value(x_BLD)
-        return attention_weights(query, key, self._with_parabolas(x_BLD, signal), causal=self.config.causal)
+        signal = self._with_parabolas(x_BLD, signal)
+        return attention_weights(query, key, signal, causal=self.config.causal, **self._logit_options)
+
+    @property
+    def _logit_options(self) -> dict[str, Any]:
+        """Arguments of attention that change its logits."""
+        return {"window": self.window, "cap": self.config.attention_cap, "scale": self.config.attention_scale}
 
     @property
     def _backend(self) -> dict[str, Any]:
@@ -315,34 +404,66 @@ class Block(nn.Module):
         """Log forget gate of each token and head, float32[B, L, H], at most 0; None without gates."""
         if not self.config.gate:
             return None
-        return GATES[self.config.gate](self.forget_gate(_gathered(self.norm_1(x_BLD))).astype(jnp.float32))
+        return GATES[self.config.gate](self.forget_gate(self._normed(x_BLD, 1)).astype(jnp.float32))
 
     def _with_parabolas(self, x_BLD: jax.Array, signal: PositionSignal) -> PositionSignal:
         """The signal of this layer with its `parabola`, if it has one, as position queries and keys of each sample."""
         if signal.parabola is None:
             return signal
-        shape_BLSHM = self.parabola_shape(_gathered(self.norm_1(x_BLD))).astype(jnp.float32)
+        shape_BLSHM = self.parabola_shape(self._normed(x_BLD, 1)).astype(jnp.float32)
         pair = parabola_query_key(shape_BLSHM, *signal.parabola, self.config.head_width)
         query_key = tuple(with_logical_constraint(part, BATCH, LENGTH, HEADS, None) for part in pair)
         return signal.replace(position_query_key=query_key, parabola=None)
 
+    def _normed(self, x_BLD: jax.Array, branch: int) -> jax.Array:
+        """Input of attention (branch 1) or the MLP (branch 2), with all tokens on each device along `tensor`."""
+        if self.config.norm_placement != "post":
+            x_BLD = (self.norm_1 if branch == 1 else self.norm_2)(x_BLD)
+        return _gathered(x_BLD)
+
     def _query_key_value(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, each [B, L, H, K]."""
-        qkv = self.qkv(_gathered(self.norm_1(_residual(x_BLD))))
-        query, key, value = (with_logical_constraint(qkv[:, :, part], BATCH, LENGTH, HEADS, None) for part in range(3))
+        """Queries [B, L, H, K], keys and values [B, L, G, K]."""
+        x_BLD = self._normed(_residual(x_BLD), 1)
+        if self.config.kv_heads == self.config.heads:
+            qkv = self.qkv(x_BLD)
+            parts = [qkv[:, :, part] for part in range(3)]
+        else:
+            kv = self.kv(x_BLD)
+            parts = [self.q(x_BLD), kv[:, :, 0], kv[:, :, 1]]
+        query, key, value = (with_logical_constraint(part, BATCH, LENGTH, HEADS, None) for part in parts)
+        if self.config.qk_norm != "none":
+            query, key = self.q_norm(query), self.k_norm(key)
         return query, key, value
 
     def _residual_and_mlp(
         self, x_BLD: jax.Array, attended_BLHK: jax.Array, deterministic: bool = True, rate: jax.Array | float = 0.0
     ) -> jax.Array:
         """The next states, from the attention output of all heads; rate: of stochastic depth."""
-        drop_path = functools.partial(self._drop_path, rate=0.0 if deterministic else rate)
-        drop = functools.partial(self.drop, deterministic=deterministic)
+        dropped = functools.partial(self._dropped, deterministic=deterministic, rate=rate)
         x_BLD = _residual(x_BLD)
-        x_BLD = x_BLD + drop_path(drop(_residual(self.out(attended_BLHK))))
-        hidden = with_logical_constraint(self.mlp_in(_gathered(self.norm_2(x_BLD))), BATCH, LENGTH, MLP)
-        out = self.mlp_out(ACTIVATIONS[self.config.activation](hidden))
-        return _residual(x_BLD + drop_path(drop(_residual(out))))
+        before_BLD = x_BLD
+        x_BLD = x_BLD + dropped(self.out(attended_BLHK), 1)
+        mlp_BLD = self._mlp(before_BLD if self.config.residual == "parallel" else x_BLD)
+        return _residual(x_BLD + dropped(mlp_BLD, 2))
+
+    def _mlp(self, x_BLD: jax.Array) -> jax.Array:
+        """The MLP of the states."""
+        x_BLD, activation = self._normed(x_BLD, 2), ACTIVATIONS[self.config.activation]
+        hidden_BLF = with_logical_constraint(self.mlp_in(x_BLD), BATCH, LENGTH, MLP)
+        if self.config.mlp == "plain":
+            return self.mlp_out(activation(hidden_BLF))
+        gate_BLF = with_logical_constraint(self.mlp_gate(x_BLD), BATCH, LENGTH, MLP)
+        return self.mlp_out(activation(gate_BLF) * hidden_BLF)
+
+    def _dropped(self, out_BLD: jax.Array, branch: int, *, deterministic: bool, rate: jax.Array | float) -> jax.Array:
+        """What a branch adds to the states, from the output of its last map; rate: of stochastic depth."""
+        out_BLD = _residual(out_BLD)
+        if self.config.norm_placement != "pre":
+            out_BLD = (self.post_norm_1 if branch == 1 else self.post_norm_2)(out_BLD)
+        if self.config.residual_multiplier != 1.0:
+            out_BLD = out_BLD * self.config.residual_multiplier
+        out_BLD = self.drop(out_BLD, deterministic=deterministic)
+        return self._drop_path(out_BLD, 0.0 if deterministic else rate)
 
     def _drop_path(self, branch_BLD: jax.Array, rate: jax.Array | float) -> jax.Array:
         """A branch, set to 0 for each sample with probability `rate`."""
@@ -366,6 +487,8 @@ def _gathered(x_BLD: jax.Array) -> jax.Array:
 class ScannedBlocks(nn.Module):
     """Blocks whose weights are stacked [layers, ...] in one parameter `layers`: compiled once, looped over.
 
+    Where layers differ (windows, layers without positions), the layers of one period are compiled and run in each turn.
+
     Not `nn.scan`: that would draw other initial weights and dropout masks from the same seed, trace a block for each
     initialisation, and cannot run a single block, as decoding does.
 
@@ -380,10 +503,10 @@ class ScannedBlocks(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool) -> jax.Array:
         """Returns the states after all blocks."""
-        block, layers, remat = self._block(), self.config.layers, self.config.remat
+        layers, remat = self.config.layers, self.config.remat
 
         def init(key: jax.Array) -> dict:
-            first = signal.at_layer(0)
+            block, first = self._block(0), signal.at_layer(0)
             return jax.vmap(lambda key: block.init(key, x_BLD, first)["params"])(jax.random.split(key, layers))
 
         params = self.param("layers", init)
@@ -394,23 +517,43 @@ class ScannedBlocks(nn.Module):
         rates = jnp.array(self.drop_path) if training and any(self.drop_path) else None
         shared, per_layer = signal.split_by_layer()
 
-        def apply_block(x_BLD: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+        def apply_block(number: int, x_BLD: jax.Array, layer: tuple) -> jax.Array:
             params, key, rate, own = layer
             rngs = {} if key is None else {"dropout": key}
-            of_layer = shared.joined(own)
-            return block.apply({"params": params}, x_BLD, of_layer, deterministic, drop_path=rate, rngs=rngs), None
+            of_layer, block = shared.joined(own), self._block(number)
+            return block.apply({"params": params}, x_BLD, of_layer, deterministic, drop_path=rate, rngs=rngs)
 
+        period = layer_period(self.config)
+        blocks = [functools.partial(apply_block, number) for number in range(period)]
         if remat != "none":
-            apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        return jax.lax.scan(apply_block, x_BLD, (params, keys, rates, per_layer))[0]
+            blocks = [jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False) for block in blocks]
+
+        layers_of = (params, keys, rates, per_layer)
+        if period == 1:
+            return jax.lax.scan(lambda x_BLD, layer: (blocks[0](x_BLD, layer), None), x_BLD, layers_of)[0]
+
+        def apply_period(x_BLD: jax.Array, period_layers: tuple) -> tuple[jax.Array, None]:
+            for number, block in enumerate(blocks):
+                x_BLD = block(x_BLD, jax.tree.map(lambda leaf, number=number: leaf[number], period_layers))
+            return x_BLD, None
+
+        by_period = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers_of)
+        return jax.lax.scan(apply_period, x_BLD, by_period)[0]
 
     def apply_one(self, layer: int, method: str, *arguments: Any) -> Any:
         """Returns the result of a method of one block, without dropout."""
         params = jax.tree.map(lambda leaf: leaf[layer], self.get_variable("params", "layers"))
-        return self._block().apply({"params": params}, *arguments, method=method)
+        return self._block(layer).apply({"params": params}, *arguments, method=method)
 
-    def _block(self) -> Block:
-        return Block(self.config, parent=None)
+    def _block(self, layer: int) -> Block:
+        return Block(self.config, window=self.config.window_of(layer), parent=None)
+
+
+def layer_period(config: TransformerConfig) -> int:
+    """Returns the least number of layers after which their kinds repeat; divides the number of layers."""
+    kinds = [config.window_of(layer) for layer in range(config.layers)]
+    periods = (number for number in range(1, config.layers + 1) if config.layers % number == 0)
+    return next(number for number in periods if kinds == kinds[:number] * (config.layers // number))
 
 
 def stack_layers(params: dict, layers: int) -> dict:
@@ -434,7 +577,7 @@ def make_blocks(config: TransformerConfig) -> list[Block] | ScannedBlocks:
     block = Block
     if config.remat != "none":
         block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], static_argnums=3)
-    return [block(config, rate) for rate in rates]
+    return [block(config, rate, config.window_of(layer)) for layer, rate in enumerate(rates)]
 
 
 def run_blocks(

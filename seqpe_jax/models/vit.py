@@ -10,7 +10,7 @@ from flax import linen as nn
 from seqpe_jax.axes import VOCABULARY, WIDTH
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.transformer import Linear, Network, make_blocks, run_block, run_blocks
+from seqpe_jax.models.transformer import Linear, Network, make_blocks, make_norm, run_block, run_blocks
 
 
 def extract_patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
@@ -60,7 +60,7 @@ class ViT(Network):
         self.projection = Linear((0, config.width), (None, WIDTH), config.dtype, uniform)
         self.class_token = self.param("class_token", normal, (1, config.width), jnp.float32)
         self.blocks = make_blocks(config)
-        self.final_norm = nn.LayerNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype)
+        self.final_norm = make_norm(config)
         # float32, whatever the dtype of the features
         self.head = Linear((config.width, self.classes), (WIDTH, VOCABULARY), jnp.float32, normal)
         self.embedding_drop = nn.Dropout(config.embedding_dropout)

@@ -268,8 +268,11 @@ def _with_compiler_options(config: Config, mesh: jax.sharding.Mesh, params: Para
 def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.MeshSharding) -> None:
     """Raises InputError if the attention backend cannot serve the config; called before anything is compiled."""
     model, tokens = config.model, model_spec.prefix_tokens + model_spec.num_positions
-    shape = (config.batch_size, tokens, model.heads, model.width // model.heads)
-    array = jax.ShapeDtypeStruct(shape, jnp.dtype(config.precision.compute))
+    network, dtype = model_spec.network.config, jnp.dtype(config.precision.compute)
+    shape, kv_shape = (
+        (config.batch_size, tokens, heads, network.head_width) for heads in (network.heads, network.kv_heads)
+    )
+    query, key_or_value = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(kv_shape, dtype)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     signal = jax.eval_shape(lambda key: model_spec.init_encoding(key)[1].at_layer(0), key)
@@ -278,16 +281,17 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
         features = jax.ShapeDtypeStruct((*shape[:-1], 2 * signal.parabola[0].shape[-1] + 1), jnp.float32)
         position_query_key = features, features
     inputs = AttentionInputs(
-        array,
-        array,
-        array,
+        query,
+        key_or_value,
+        key_or_value,
         position_query_key,
         signal.bias,
         signal.relative_bias,
         causal_offset=None if config.is_image else number,
         dropout_seed=number if model.attention_dropout else None,
+        window=network.window,
+        cap=network.attention_cap,
     )
-    network = model_spec.network.config
     make_plan(
         inputs,
         kind=model.attention_kind,
