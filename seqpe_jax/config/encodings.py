@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 from seqpe_jax.config import limits
+from seqpe_jax.config.decoder_presets import by_layer
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.counting import count_digits, largest_position
 
@@ -30,6 +31,9 @@ FIRE_SCALE = 0.1 * 2048  # c = 0.1 per token at that length
 ROPE_ID_FASTEST = 32 / 4096  # a turn every 32 tokens at a training length of 4096 (Wertheimer et al. 2026, 2603.18017)
 ROPE_ID_SLOWEST = 1 / 2  # two turns within the training length (the same)
 YARN_BETA_FAST = 32.0  # rotations within the training window (Peng et al. 2023, arXiv 2309.00071, section 3.2)
+# Scalings of rotary frequencies that a fixed factor describes, as checkpoints hold it; without one, the window's length does.
+FACTOR_SCALINGS = ("linear", "ntk", "yarn", "llama3")
+WINDOW_SCALINGS = ("dynamic", "longrope")  # their frequencies depend on the window's length also with a factor
 PARABOLA_SHARE = 50 / 64  # of the columns of a head (Ohrstrom et al. 2026, arXiv 2602.01418)
 DIRECTED_SHARE = 8 / 12  # of the heads (Fuller et al. 2024, arXiv 2405.13985)
 
@@ -121,8 +125,8 @@ class EncodingConfig:
       REAL_POSITIONS: positions may be fractional.
       PER_LAYER: its signal can differ by layer.
       HAS_VECTORS: it has position embeddings, which the contrastive and distillation losses train.
-      REQUIRES: {field: (other_field, required_value)}: `field` is ignored unless `other_field == required_value`; None means
-        any non-default value. Map a field to None to drop an inherited requirement.
+      REQUIRES: {field: (other_field, required_value)}: `field` is ignored unless `other_field == required_value`; a tuple means
+        any of its values, None any non-default value. Map a field to None to drop an inherited requirement.
     """
 
     MODULE: ClassVar[str] = ""
@@ -143,6 +147,9 @@ class EncodingConfig:
     position_heads = 0
     rotary_pairs = 0
     rotary_heads = 0
+    rotary_layers = ()
+    rotary_share = 1.0
+    layers_with = ()
     parabolas = 0
     gate = "none"
     gate_bias_init = 0.0
@@ -156,6 +163,10 @@ class EncodingConfig:
     def position_resolution(self) -> int:
         """Units of a position's fixed-point number in one token or patch."""
         return self.base**self.fraction_digits
+
+    def rotary_width(self, head_width: int) -> int:
+        """Returns the columns of a head that rotary frequencies are computed for, the first ones."""
+        return int(head_width * self.rotary_share)
 
     @property
     def name(self) -> str:
@@ -181,6 +192,14 @@ class EncodingConfig:
         """
         return "encoding.resize='interpolate'" if self.resize == "interpolate" else ""
 
+    def one_signal_until(self, trained: int) -> int:
+        """Returns the length of the longest window whose tokens have the same signal as in shorter ones.
+
+        Args:
+          trained: tokens of the training window.
+        """
+        return trained
+
     @classmethod
     def has(cls, field: str) -> bool:
         """Returns whether the encoding has a field."""
@@ -197,11 +216,12 @@ class EncodingConfig:
     def without_effect(self) -> dict[str, tuple[str, Any]]:
         """Returns the fields that are ignored now, with the (other_field, required_value) of each."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return {
-            name: (other, value)
-            for name, (other, value) in self.requires().items()
-            if (getattr(self, other) == defaults[other] if value is None else getattr(self, other) != value)
-        }
+
+        def is_met(other: str, value: Any) -> bool:
+            own = getattr(self, other)
+            return own != defaults[other] if value is None else own in (value if isinstance(value, tuple) else (value,))
+
+        return {name: need for name, need in self.requires().items() if not is_met(*need)}
 
     def idle_options(self) -> dict[str, str]:
         """Returns fields that a config file may set beforehand, but that have no effect now, with the setting they need."""
@@ -290,6 +310,44 @@ class _Heads(EncodingConfig):
     )
 
 
+FLAGS: dict[str, Any] = {"low": 0, "high": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers(EncodingConfig):
+    """Field of encodings that can be limited to some layers."""
+
+    layers_with: tuple[int, ...] = _field(
+        (),
+        "1 or 0 for each layer: whether it gets the encoding; fewer flags are a pattern that repeats, () = all layers do",
+        **FLAGS,
+    )
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses flags that are no pattern of the model's layers. Raises: InputError."""
+        super().check_dims(dims)
+        _check_flags("layers_with", self.layers_with, dims.layers)
+
+
+def _check_flags(name: str, flags: tuple[int, ...], layers: int) -> None:
+    """Refuses more flags than layers, and flags without a 1.
+
+    Args:
+      name: field of the encoding.
+      flags: its value.
+      layers: layers of the model.
+
+    Raises:
+      InputError: names the field.
+    """
+    if len(flags) > layers:
+        raise InputError(
+            f"encoding.{name} has {len(flags)} flags, and model.layers={layers}: give at most one for each layer"
+        )
+    if flags and 1 not in by_layer(flags, layers):
+        raise InputError(f"encoding.{name}={flags} leaves no layer with positions: set at least one of its flags to 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class _WithForgetGate(EncodingConfig):
     """Fields of encodings of text that can be combined with a forget gate on attention logits."""
@@ -306,13 +364,155 @@ _THETA: dict[str, Any] = {"low": 1.0, "high": 1e12}
 
 
 @dataclasses.dataclass(frozen=True)
-class _WithOptionalRoPE(EncodingConfig):
-    """Fields of encodings without rotation, to which rotary pairs (RoPE) can be added."""
+class _RoPEScaling(EncodingConfig):
+    """Fields of rotary pairs that checkpoints have: a share of each head, and frequencies scaled for longer windows.
+
+    The formulas are in `encodings.rope`, Hugging Face's names for the fields in `interop.hf_rope`.
+    """
 
     REQUIRES: ClassVar[dict[str, Any]] = {
-        "rotary_heads": ("rotary_pairs", None),
-        "theta": ("rotary_pairs", None),
+        "scaling_factor": ("scaling", FACTOR_SCALINGS + WINDOW_SCALINGS),
+        "original_length": ("scaling", FACTOR_SCALINGS + WINDOW_SCALINGS),
+        "attention_factor": ("scaling", ("yarn", "longrope")),
+        "yarn_beta_fast": ("scaling", "yarn"),
+        "yarn_beta_slow": ("scaling", "yarn"),
+        "yarn_ramp": ("scaling", "yarn"),
+        "yarn_truncate": ("yarn_ramp", "pairs"),
+        "yarn_mscale": ("scaling", "yarn"),
+        "yarn_mscale_all_dim": ("scaling", "yarn"),
+        "low_freq_factor": ("scaling", "llama3"),
+        "high_freq_factor": ("scaling", "llama3"),
+        "short_factor": ("scaling", "longrope"),
+        "long_factor": ("scaling", "longrope"),
     }
+
+    rotary_share: float = _field(
+        1.0,
+        "share of a head's columns, the first ones, that rotate, with the frequencies of a head of that width (GPT-NeoX)",
+        low=1e-3,
+        high=1.0,
+    )
+    scaling: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"] = _field(
+        "none", "scaling of rotary frequencies for windows longer than in training"
+    )
+    scaling_factor: float = _field(
+        0.0,
+        "factor of the scaling, at every length, as checkpoints hold it; 0 = the length of a longer window over "
+        "original_length",
+        zero=True,
+        low=1.0,
+        high=1e6,
+    )
+    original_length: int = _field(
+        0, "tokens of the window before the scaling; 0 = the training window", **limits.OPTIONAL_LENGTH
+    )
+    attention_factor: float = _field(
+        0.0,
+        "yarn, longrope: factor of rotated queries and keys; 0 = as the factor of the scaling demands",
+        zero=True,
+        low=1e-3,
+        high=1e3,
+    )
+    yarn_beta_fast: float = _field(
+        0.0,
+        "rotations from which on a pair stays; 0 = the authors' 32, at most those of the fastest pair",
+        zero=True,
+        low=1e-3,
+        high=1e6,
+    )
+    yarn_beta_slow: float = _field(1.0, "rotations up to which a pair is interpolated", low=1e-3, high=1e6)
+    yarn_ramp: Literal["rotations", "pairs"] = _field(
+        "rotations", "between the two betas pairs are blended by their rotations (paper) or their index (checkpoints)"
+    )
+    yarn_truncate: bool = _field(True, "yarn_ramp=pairs: the blend begins and ends at whole pairs, outward")
+    yarn_mscale: float = _field(
+        0.0,
+        "numerator's m of attention_factor (0.1 m ln f + 1) / (0.1 m' ln f + 1); 0 = no such fraction",
+        **limits.WEIGHT,
+    )
+    yarn_mscale_all_dim: float = _field(0.0, "m' of its denominator", **limits.WEIGHT)
+    low_freq_factor: float = _field(
+        1.0, "rotations in original_length up to which a pair is interpolated", low=1e-3, high=1e6
+    )
+    high_freq_factor: float = _field(4.0, "rotations in original_length from which on a pair stays", low=1e-3, high=1e6)
+    short_factor: tuple[float, ...] = _field(
+        (), "divisors of the frequencies of each pair, in windows up to original_length", low=1e-6, high=1e6
+    )
+    long_factor: tuple[float, ...] = _field((), "divisors of the same in longer windows", low=1e-6, high=1e6)
+
+    @property
+    def has_rotation_scaling(self) -> bool:
+        """True where rotated queries and keys themselves are multiplied, as checkpoints mean it, not all of their columns."""
+        return self.scaling_factor > 0 or self.scaling == "longrope"
+
+    @property
+    def scales_by_window(self) -> bool:
+        """True where frequencies depend on the length of the window."""
+        return self.scaling in WINDOW_SCALINGS or (self.scaling in FACTOR_SCALINGS and not self.scaling_factor)
+
+    @property
+    def window_dependence(self) -> str:
+        """`resize` or `scaling`."""
+        return super().window_dependence or (f"encoding.scaling='{self.scaling}'" if self.scales_by_window else "")
+
+    def one_signal_until(self, trained: int) -> int:
+        """Returns the length up to which frequencies are those of training."""
+        longest = super().one_signal_until(trained)
+        if not self.scales_by_window:
+            return longest
+        own = self.original_length or trained
+        return min(own, longest) if super().window_dependence else own
+
+    def check(self, axes: int) -> None:
+        """Refuses fields of a scaling that contradict each other, or lack their partner. Raises: InputError."""
+        super().check(axes)
+        fast, slow = self.yarn_beta_fast, self.yarn_beta_slow
+        if fast and fast <= slow:
+            raise InputError(f"encoding.yarn_beta_fast={fast} must be more than encoding.yarn_beta_slow={slow}, or 0")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise InputError(
+                f"encoding.high_freq_factor={self.high_freq_factor} must be more than "
+                f"encoding.low_freq_factor={self.low_freq_factor}"
+            )
+        if self.scaling == "dynamic" and not self.scaling_factor:
+            raise InputError(
+                "encoding.scaling='dynamic' needs encoding.scaling_factor, at least 1: set it (1 is encoding.scaling='ntk')"
+            )
+        if self.scaling in ("linear", "ntk") and self.scaling_factor and self.original_length:
+            raise InputError(
+                f"encoding.original_length={self.original_length} is not read by encoding.scaling='{self.scaling}' with "
+                f"encoding.scaling_factor={self.scaling_factor}: leave one of them out"
+            )
+        if bool(self.yarn_mscale) != bool(self.yarn_mscale_all_dim) or (self.yarn_mscale and self.attention_factor):
+            raise InputError(
+                f"encoding.yarn_mscale={self.yarn_mscale} and encoding.yarn_mscale_all_dim={self.yarn_mscale_all_dim} make "
+                "encoding.attention_factor together: set both of them or that"
+            )
+        if self.log_scaling and self.scaling == "yarn" and not self.has_rotation_scaling:
+            raise InputError(
+                "encoding.log_scaling and encoding.scaling='yarn' both sharpen attention in longer windows: choose one of "
+                "them"
+            )
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses factors that are not one for each pair."""
+        super().check_dims(dims)
+        pairs = self.rotary_width(dims.head_width) // 2
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if self.scaling == "longrope" and len(factors) != pairs:
+                raise InputError(
+                    f"encoding.{name} has {len(factors)} numbers, and a head has {pairs} rotary pairs: give one for each"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithOptionalPairs(EncodingConfig):
+    """Fields of encodings without rotation, to which rotary pairs can be added."""
+
+    REQUIRES: ClassVar[dict[str, Any]] = dict.fromkeys(
+        ("rotary_heads", "rotary_layers", "theta"), ("rotary_pairs", None)
+    )
 
     rotary_pairs: int = _field(
         0,
@@ -320,13 +520,44 @@ class _WithOptionalRoPE(EncodingConfig):
         **limits.OPTIONAL_WIDTH,
     )
     rotary_heads: int = _field(0, "the first heads in which they rotate; 0 = all", **limits.OPTIONAL_HEADS)
+    rotary_layers: tuple[int, ...] = _field(
+        (),
+        "1 or 0 for each layer: whether they rotate in it; fewer flags are a pattern that repeats, () = in all",
+        **FLAGS,
+    )
     theta: float = _field(10000.0, "base of the wavelengths", **_THETA)
 
     def check_dims(self, dims: ModelDims) -> None:
         """Refuses rotary pairs that the heads of a model do not have. Raises: InputError."""
         super().check_dims(dims)
+        _check_flags("rotary_layers", self.rotary_layers, dims.layers)
         if self.rotary_pairs:
-            _check_pairs(f"encoding.rotary_pairs={self.rotary_pairs}", self.rotary_pairs, dims.axes, dims.head_width)
+            _check_pairs(f"encoding.rotary_pairs={self.rotary_pairs}", self, dims.axes, dims.head_width)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithOptionalRoPE(_WithOptionalPairs, _RoPEScaling):
+    """The same for encodings of text, whose rotary pairs can be those of a checkpoint: a share of a head, scaled."""
+
+    REQUIRES: ClassVar[dict[str, Any]] = dict.fromkeys(("rotary_share", "scaling"), ("rotary_pairs", None))
+
+    def check(self, axes: int) -> None:
+        """Refuses scaled rotary pairs on grids, whose axes they would share."""
+        super().check(axes)
+        for name in ("scaling", "rotary_share"):
+            if axes > 1 and getattr(self, name) != getattr(type(self), name):
+                raise InputError(
+                    f"encoding.{name}={getattr(self, name)!r} of added rotary pairs is for text: on images leave it out, or set "
+                    "encoding.kind='rotary'"
+                )
+
+    def rotary_part(self) -> "RotaryConfig":
+        """Returns the added rotary pairs as an encoding of text."""
+        return RotaryConfig(
+            base=self.base,
+            fraction_digits=self.fraction_digits,
+            **{name: getattr(self, name) for name in RotaryConfig.rope_fields()},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,31 +580,34 @@ class _RoPEBase(EncodingConfig):
     def check_dims(self, dims: ModelDims) -> None:
         """Refuses heads whose columns do not pair. Raises: InputError."""
         super().check_dims(dims)
-        _check_pairs(f"encoding.kind='{self.kind}'", self.rotary_pairs, self.pair_axes(dims), dims.head_width)
+        _check_pairs(f"encoding.kind='{self.kind}'", self, self.pair_axes(dims), dims.head_width)
 
     def pair_axes(self, dims: ModelDims) -> int:
         """Returns the axes over which the pairs of a head are divided."""
         return dims.axes
 
 
-def _check_pairs(setting: str, pairs: int, axes: int, width: int) -> None:
+def _check_pairs(setting: str, encoding: EncodingConfig, axes: int, width: int) -> None:
     """Refuses rotary pairs that a head does not have.
 
     Args:
       setting: field that rotates the pairs, with its value, for messages.
-      pairs: number of rotated pairs; 0 = all.
+      encoding: config with `rotary_pairs` and `rotary_share`.
       axes: number of axes that share the pairs.
       width: width of a head.
 
     Raises:
       InputError: the width is odd, or there are fewer pairs than axes, or more than the head has.
     """
+    pairs, columns = encoding.rotary_pairs, f"model.width / model.heads = {width}"
+    if encoding.rotary_share < 1:
+        share, width = width, encoding.rotary_width(width)
+        columns = f"encoding.rotary_share={encoding.rotary_share} of {share} columns = {width}"
     if width % 2:
-        raise InputError(f"{setting} rotates pairs of columns: model.width / model.heads = {width} must be even")
+        raise InputError(f"{setting} rotates pairs of columns: {columns} must be even")
     if width < 2 * axes:
         raise InputError(
-            f"{setting} rotates at least one pair per axis: model.width / model.heads = {width} must be at least {2 * axes} "
-            f"for {axes} axes"
+            f"{setting} rotates at least one pair per axis: {columns} must be at least {2 * axes} for {axes} axes"
         )
     if pairs and not axes <= pairs <= width // 2:
         raise InputError(
@@ -383,7 +617,7 @@ def _check_pairs(setting: str, pairs: int, axes: int, width: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SeqPEConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
+class SeqPEConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGate):
     """SeqPE, the sequential position encoding (arXiv 2506.13277)."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.seqpe:SeqPE"
@@ -450,7 +684,8 @@ class SeqPEConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
 
     def needed_width(self, dims: ModelDims) -> int:
         """Returns the features of a vector that mode, qk and per_head need."""
-        needed = dims.width if self.per_head or self.mode == "input_add" else dims.head_width
+        heads = dims.heads if self.per_head else 1
+        needed = dims.width if self.mode == "input_add" else heads * dims.head_width
         return 2 * needed if dims.compat.qk_halves and self.mode in ("attn_add", "attn_mul") else needed
 
     def vector_width(self, dims: ModelDims) -> int:
@@ -485,6 +720,11 @@ class SeqPEConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
             raise InputError(
                 "encoding.log_scaling and encoding.mode='attn_mul' both multiply queries: choose one of them"
             )
+        if self.scaling == "yarn" and not self.has_rotation_scaling and self.mode == "attn_mul":
+            raise InputError(
+                "encoding.scaling='yarn' without encoding.scaling_factor and encoding.mode='attn_mul' both multiply queries: "
+                "set a factor, or choose another mode"
+            )
 
     def check_dims(self, dims: ModelDims) -> None:
         """Refuses widths and heads that do not fit the model or each other."""
@@ -495,6 +735,8 @@ class SeqPEConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
             raise InputError(f"encoding.width={self.width} is not a multiple of encoding.heads={self.heads}")
         if self.position_heads and self.mode == "input_add":
             raise InputError("encoding.mode='input_add' reaches all heads: set encoding.position_heads=0")
+        if self.layers_with and self.mode == "input_add":
+            raise InputError("encoding.mode='input_add' reaches all layers: leave encoding.layers_with out")
         if self.feature_width and (self.mode != "attn_scalar" or self.qk not in ("single", "multi")):
             raise InputError(
                 "encoding.feature_width is the width of what a qk map gives to attention logits: set "
@@ -571,34 +813,36 @@ class SinusoidalConfig(_Positions, _WithOptionalRoPE, _WithForgetGate):
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithForgetGate):
+class RotaryConfig(_Positions, _Heads, _Layers, _RoPEScaling, _RoPEBase, _PartialRoPE, _WithForgetGate):
     """Rotary position embedding (RoPE)."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:Rotary"
-    SUMMARY: ClassVar[str] = "RoPE; `rotary_pairs` limits it to the highest frequencies, `scaling` to longer windows."
-    SOURCE: ClassVar[str] = "arXiv 2104.09864, 2410.06205 (p-RoPE), 2306.15595 (linear), 2309.00071 (ntk, yarn)"
-    REQUIRES: ClassVar[dict[str, Any]] = {
-        "yarn_beta_fast": ("scaling", "yarn"),
-        "yarn_beta_slow": ("scaling", "yarn"),
-    }
+    SUMMARY: ClassVar[str] = (
+        "RoPE; `rotary_pairs` limits it to the highest frequencies, `rotary_share` to a part of a head, `scaling` fits it to "
+        "longer windows."
+    )
+    SOURCE: ClassVar[str] = (
+        "arXiv 2104.09864, 2410.06205 (p-RoPE), 2306.15595 (linear), 2309.00071 (ntk, dynamic, yarn), 2407.21783 (llama3), "
+        "2402.13753 (longrope)"
+    )
 
     kind: str = _kind("rotary")
-    scaling: Literal["none", "linear", "ntk", "yarn"] = _field(
-        "none", "scaling of frequencies in windows longer than in training"
-    )
-    yarn_beta_fast: float = _field(
-        0.0,
-        "rotations from which on a pair stays; 0 = the authors' 32, at most those of the fastest pair",
-        zero=True,
-        low=1e-3,
-        high=1e6,
-    )
-    yarn_beta_slow: float = _field(1.0, "rotations up to which a pair is interpolated", low=1e-3, high=1e6)
 
-    @property
-    def window_dependence(self) -> str:
-        """`resize` or `scaling`."""
-        return super().window_dependence or (f"encoding.scaling='{self.scaling}'" if self.scaling != "none" else "")
+    @staticmethod
+    def rope_fields() -> list[str]:
+        """Returns the names of the fields that describe its rotations, which added rotary pairs have as well."""
+        own = {field.name for field in dataclasses.fields(_RoPEScaling)}
+        return ["rotary_pairs", "theta", *sorted(own - {field.name for field in dataclasses.fields(EncodingConfig)})]
+
+    def as_part(self, head_width: int) -> dict[str, Any]:
+        """Returns the fields by which another encoding of text has these rotations beside it, such as SeqPE.
+
+        Args:
+          head_width: features of one head.
+        """
+        own = {name: getattr(self, name) for name in self.rope_fields()}
+        own |= {"rotary_heads": self.position_heads, "rotary_layers": self.layers_with}
+        return own | {"rotary_pairs": self.rotary_pairs or self.rotary_width(head_width) // 2}
 
     def pair_axes(self, dims: ModelDims) -> int:
         """Returns 1: a grid is read as one axis."""
@@ -608,26 +852,14 @@ class RotaryConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithForgetGate)
         """Returns whether positions are real: those of a grid are numbered one after the other."""
         return axes == 1
 
-    def check(self, axes: int) -> None:
-        """Refuses YaRN's bounds in the wrong order, and two scalings of the queries."""
-        super().check(axes)
-        fast, slow = self.yarn_beta_fast, self.yarn_beta_slow
-        if fast and fast <= slow:
-            raise InputError(f"encoding.yarn_beta_fast={fast} must be more than encoding.yarn_beta_slow={slow}, or 0")
-        if self.log_scaling and self.scaling == "yarn":
-            raise InputError(
-                "encoding.log_scaling and encoding.scaling='yarn' both sharpen attention in longer windows: choose one of "
-                "them"
-            )
-
     def resolved(self, dims: ModelDims) -> "RotaryConfig":
         """Returns the config with YaRN's upper bound, at most the rotations of the fastest pair in training."""
-        fastest = dims.num_positions / (2 * math.pi)  # a grid is read as one axis
+        fastest = (self.original_length or dims.num_positions) / (2 * math.pi)  # a grid is read as one axis
         return dataclasses.replace(self, yarn_beta_fast=self.yarn_beta_fast or min(YARN_BETA_FAST, fastest))
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryAxialConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithForgetGate):
+class RotaryAxialConfig(_Positions, _Heads, _Layers, _RoPEBase, _PartialRoPE, _WithForgetGate):
     """RoPE whose pairs are divided among the axes."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryAxial"
@@ -638,7 +870,7 @@ class RotaryAxialConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithForget
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryMixedConfig(_Positions, _Heads, _RoPEBase, _WithForgetGate):
+class RotaryMixedConfig(_Positions, _Heads, _Layers, _RoPEBase, _WithForgetGate):
     """RoPE with learned frequencies over all axes."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryMixed"
@@ -650,7 +882,7 @@ class RotaryMixedConfig(_Positions, _Heads, _RoPEBase, _WithForgetGate):
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryIDConfig(_Positions, _Heads, _PartialRoPE, _WithForgetGate):
+class RotaryIDConfig(_Positions, _Heads, _Layers, _PartialRoPE, _WithForgetGate):
     """RoPE-ID: fast rotations of half of the pairs."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryID"
@@ -690,7 +922,7 @@ class RotaryIDConfig(_Positions, _Heads, _PartialRoPE, _WithForgetGate):
     def check_dims(self, dims: ModelDims) -> None:
         """Refuses heads without such pairs, and periods in the wrong order. Raises: InputError."""
         super().check_dims(dims)
-        _check_pairs(f"encoding.kind='{self.kind}'", self.rotary_pairs, 1, dims.head_width)
+        _check_pairs(f"encoding.kind='{self.kind}'", self, 1, dims.head_width)
         own = self.resolved(dims)
         if own.fastest_period > own.slowest_period:
             raise InputError(
@@ -703,7 +935,7 @@ _SLOPE_SCALE: dict[str, Any] = {"low": 1e-6, "high": 1e6}
 
 
 @dataclasses.dataclass(frozen=True)
-class ALiBiConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
+class ALiBiConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGate):
     """Attention with linear biases (ALiBi)."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:ALiBi"
@@ -717,7 +949,7 @@ class ALiBiConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
 
 
 @dataclasses.dataclass(frozen=True)
-class GridALiBiConfig(_Positions, _Heads, _WithOptionalRoPE):
+class GridALiBiConfig(_Positions, _Heads, _Layers, _WithOptionalPairs):
     """ALiBi by Euclidean distance on grids."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:GridALiBi"
@@ -730,7 +962,7 @@ class GridALiBiConfig(_Positions, _Heads, _WithOptionalRoPE):
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
+class T5Config(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGate):
     """T5's relative position bias."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:T5"
@@ -768,7 +1000,7 @@ class T5Config(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
 
 
 @dataclasses.dataclass(frozen=True)
-class KerpleConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
+class KerpleConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGate):
     """KERPLE's logarithmic kernel.
 
     `kerple_scale` is not rescaled with the training length (see docs/encodings.md).
@@ -786,7 +1018,7 @@ class KerpleConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
 
 
 @dataclasses.dataclass(frozen=True)
-class FireConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
+class FireConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGate):
     """FIRE, functional interpolation of relative positions."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:Fire"
@@ -828,7 +1060,7 @@ class FireConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
 
 
 @dataclasses.dataclass(frozen=True)
-class LookHereConfig(_Positions, _Heads, _WithOptionalRoPE):
+class LookHereConfig(_Positions, _Heads, _Layers, _WithOptionalPairs):
     """LookHere's directed attention on grids."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:LookHere"
@@ -861,7 +1093,7 @@ class LookHereConfig(_Positions, _Heads, _WithOptionalRoPE):
 
 
 @dataclasses.dataclass(frozen=True)
-class PaPEConfig(_Positions, _Heads, _WithOptionalRoPE):
+class PaPEConfig(_Positions, _Heads, _Layers, _WithOptionalPairs):
     """Parabolic position encoding (PaPE)."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.pape:PaPE"
@@ -879,7 +1111,7 @@ class PaPEConfig(_Positions, _Heads, _WithOptionalRoPE):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleInvariantConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithForgetGate):
+class ScaleInvariantConfig(_Positions, _Heads, _Layers, _RoPEBase, _PartialRoPE, _WithForgetGate):
     """Scale-invariant attention over p-RoPE."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:ScaleInvariant"
@@ -906,7 +1138,7 @@ class ScaleInvariantConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithFor
 
 
 @dataclasses.dataclass(frozen=True)
-class PoPEConfig(_Positions, _Heads, _WithForgetGate):
+class PoPEConfig(_Positions, _Heads, _Layers, _WithForgetGate):
     """Polar position encoding (PoPE)."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.pope:PoPE"
@@ -1024,4 +1256,4 @@ def encodings_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-_PARTS: Iterable[type] = (_Positions, _Heads, _WithForgetGate, _WithOptionalRoPE, _PartialRoPE, _RoPEBase)
+_PARTS: Iterable[type] = (_Positions, _Heads, _Layers, _WithForgetGate, _WithOptionalRoPE, _PartialRoPE, _RoPEBase)

@@ -621,9 +621,8 @@ def _check_fields_used(config: Config) -> None:
             )
         other, needed = config.encoding.requires()[name.removeprefix("encoding.")]
         if needed is not None:
-            raise InputError(
-                f"{name}={value} is not read without encoding.{other}='{needed}': set that, or leave it out"
-            )
+            values = " or ".join(f"'{one}'" for one in (needed if isinstance(needed, tuple) else (needed,)))
+            raise InputError(f"{name}={value} is not read without encoding.{other}={values}: set that, or leave it out")
         raise InputError(
             f"{name}={value} is read by encoding.kind='{kind}' with encoding.{other} alone: set that too, or leave {name} "
             "out"

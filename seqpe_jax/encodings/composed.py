@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.config import EncodingConfig, ModelDims, RotaryAxialConfig
+from seqpe_jax.config.decoder_presets import by_layer
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.encodings.rope import RotaryAxial
 
@@ -16,22 +17,35 @@ def combined(config: EncodingConfig, dims: ModelDims) -> nn.Module:
 
     Gates are no part of it: the blocks of the network compute them from its tokens.
     """
+    every_layer = by_layer((), dims.layers)
     parts, heads = [config.make_module(dims)], [config.position_heads or dims.heads]
+    layers = [by_layer(config.layers_with, dims.layers)]
     if config.HAS_VECTORS:
         heads = [dims.heads]  # SeqPE limits its own heads, and computes no vectors for the others
     if config.has("rotary_heads") and config.rotary_pairs:
-        rotary = RotaryAxialConfig(
-            base=config.base,
-            fraction_digits=config.fraction_digits,
-            rotary_pairs=config.rotary_pairs,
-            theta=config.theta,
-        )
-        parts.append(RotaryAxial(rotary, dims))  # on one axis, the same as RoPE
+        parts.append(_rotary_part(config, dims))
         heads.append(config.rotary_heads or dims.heads)
+        layers.append(by_layer(config.rotary_layers, dims.layers))
     if config.log_scaling:
         parts.append(LogScaling(dims))
         heads.append(dims.heads)
-    return parts[0] if heads == [dims.heads] else Composed(tuple(parts), dims.heads, tuple(heads))
+        layers.append(every_layer)
+    if heads == [dims.heads] and layers == [every_layer]:
+        return parts[0]
+    return Composed(tuple(parts), dims.heads, tuple(heads), tuple(layers))
+
+
+def _rotary_part(config: EncodingConfig, dims: ModelDims) -> nn.Module:
+    """The rotary pairs that a config adds to its encoding: on one axis RoPE with its scalings, on grids those of each axis."""
+    if dims.axes == 1:
+        return config.rotary_part().make_module(dims)
+    rotary = RotaryAxialConfig(
+        base=config.base,
+        fraction_digits=config.fraction_digits,
+        rotary_pairs=config.rotary_pairs,
+        theta=config.theta,
+    )
+    return RotaryAxial(rotary, dims)
 
 
 class Composed(nn.Module):
@@ -44,11 +58,13 @@ class Composed(nn.Module):
       parts: the encodings; no two of them fill the same field of the signal.
       heads: number of heads of the model.
       part_heads: heads that get each part, the first ones.
+      part_layers: flags of the layers that get each part.
     """
 
     parts: tuple[nn.Module, ...]
     heads: int
     part_heads: tuple[int, ...]
+    part_layers: tuple[tuple[bool, ...], ...]
 
     def setup(self) -> None:
         """Shares this module's scope with the first part, whose parameters keep their names."""
@@ -80,9 +96,10 @@ class Composed(nn.Module):
 
     def _joined(self, own: PositionSignal, positions_PLA: jax.Array, shape: tuple[int, ...]) -> PositionSignal:
         """The first part's signal, joined with those of the others."""
-        signal = own.for_heads(self.part_heads[0], self.heads)
-        for part, count in zip(self.parts[1:], self.part_heads[1:], strict=True):
-            signal = signal.joined(part(positions_PLA, shape=shape).for_heads(count, self.heads))
+        signal = own.for_heads(self.part_heads[0], self.heads).for_layers(self.part_layers[0])
+        for part, count, flags in zip(self.parts[1:], self.part_heads[1:], self.part_layers[1:], strict=True):
+            other = part(positions_PLA, shape=shape).for_heads(count, self.heads).for_layers(flags)
+            signal = signal.joined(other)
         return signal
 
 

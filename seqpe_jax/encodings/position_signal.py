@@ -20,6 +20,16 @@ IDENTITY_VALUES = {
     "position_query_key": (0.0, 0.0),
     "parabola": (0.0, 0.0),
 }
+# Fields that a layer may lack: those of queries, keys and logits.
+LAYER_FIELDS = {
+    *IDENTITY_VALUES,
+    "polar_phase",
+    "polar_key_phase",
+    "polar_num_heads",
+    "bias",
+    "relative_bias",
+    "bias_params",
+}
 
 
 @flax.struct.dataclass
@@ -62,6 +72,7 @@ class PositionSignal:
       relative_bias: the same as a function of positions.
       bias_params: parameters of that function, a tree of arrays.
       per_layer_fields: names of the fields that differ by layer; they have a leading layer axis.
+      field_layers: (name of a field, flags by layer) of the fields that only some layers have.
       per_shard: the P sets of `position_query_key` are equal copies of one, for P shards of the batch
         (`axes.copy_per_shard`).
     """
@@ -79,6 +90,7 @@ class PositionSignal:
     relative_bias: RelativeBias | None = None
     bias_params: Any = None
     per_layer_fields: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    field_layers: tuple[tuple[str, tuple[bool, ...]], ...] = flax.struct.field(pytree_node=False, default=())
     per_shard: bool = flax.struct.field(pytree_node=False, default=False)
 
     def copied_per_shard(self, batch: int) -> "PositionSignal":
@@ -97,17 +109,65 @@ class PositionSignal:
         return self.replace(position_query_key=tuple(map(copy_per_shard, pair)), per_shard=True)
 
     def split_by_layer(self) -> tuple["PositionSignal", "PositionSignal"]:
-        """Returns (fields that all layers share, fields by layer with a leading axis), without `input_embedding`."""
+        """Returns (fields that all layers share, fields by layer with a leading axis), without `input_embedding`.
+
+        Raises:
+          ValueError: some layers lack a field: split the signals of `at_layers`.
+        """
+        if self.field_layers:
+            raise ValueError("layers that lack a field of the signal do not share the others' structure")
         own = {name: getattr(self, name) for name in self.per_layer_fields}
         shared = self.replace(input_embedding=None, per_layer_fields=(), **dict.fromkeys(own))
         return shared, PositionSignal(**own)
 
     def at_layer(self, layer: int) -> "PositionSignal":
         """Returns the signal of one layer."""
-        if not self.per_layer_fields:
-            return self
-        shared, own = self.split_by_layer()
+        here = self._with_fields_of(layer)
+        if not here.per_layer_fields:
+            return here
+        shared, own = here.split_by_layer()
         return shared.joined(jax.tree.map(lambda field: field[layer], own))
+
+    def at_layers(self, first: int, period: int) -> "PositionSignal":
+        """Returns the signal of the layers first, first + period, ..., which all have the same fields.
+
+        Args:
+          first: index of a layer, below `period`.
+          period: a multiple of `layer_period`.
+        """
+        here = self._with_fields_of(first)
+        own = {name: getattr(here, name) for name in here.per_layer_fields}
+        return here.replace(**jax.tree.map(lambda field: field[first::period], own))
+
+    def layer_period(self, layers: int) -> int:
+        """Returns the smallest divisor p of a number of layers such that layers n and n + p have the same fields."""
+
+        def repeats(period: int) -> bool:
+            return layers % period == 0 and all(flags[period:] == flags[:-period] for _, flags in self.field_layers)
+
+        return next(period for period in range(1, layers + 1) if period == layers or repeats(period))
+
+    def for_layers(self, flags: tuple[bool, ...]) -> "PositionSignal":
+        """Returns the signal for some layers of a model; the others see no position.
+
+        Args:
+          flags: whether a layer gets it, one for each.
+
+        Raises:
+          ValueError: the signal is added to the tokens, which all layers read.
+        """
+        if all(flags):
+            return self
+        if self.input_embedding is not None:
+            raise ValueError("what is added to tokens reaches all layers")
+        own = (field.name for field in dataclasses.fields(self) if field.name in LAYER_FIELDS)
+        return self.replace(field_layers=tuple((name, flags) for name in own if getattr(self, name) is not None))
+
+    def _with_fields_of(self, layer: int) -> "PositionSignal":
+        """The signal without the fields that a layer lacks."""
+        absent = {name for name, flags in self.field_layers if not flags[layer]}
+        rest = tuple(name for name in self.per_layer_fields if name not in absent)
+        return self.replace(per_layer_fields=rest, field_layers=(), **dict.fromkeys(absent))
 
     def at_tokens(self, index_PL: jax.Array) -> "PositionSignal":
         """Returns one layer's signal of tokens of a window, as P position sets without `bias`.
@@ -126,8 +186,8 @@ class PositionSignal:
         fields = {}
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name in ("per_layer_fields", "per_shard"):
-                fields[field.name] = mine + theirs if field.name == "per_layer_fields" else mine or theirs
+            if field.name in ("per_layer_fields", "field_layers", "per_shard"):
+                fields[field.name] = mine or theirs if field.name == "per_shard" else mine + theirs
                 continue
             if mine is not None and theirs is not None:
                 raise ValueError(f"two parts of a position encoding both fill '{field.name}'")

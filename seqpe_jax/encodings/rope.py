@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.config import ModelDims, RotaryAxialConfig, RotaryConfig, RotaryIDConfig, RotaryMixedConfig
+from seqpe_jax.config.encodings import FACTOR_SCALINGS
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.errors import InputError
 
@@ -96,7 +97,7 @@ def ntk_scaling(frequencies: np.ndarray, ratio: float, width: int) -> np.ndarray
     Args:
       frequencies: radians per token.
       ratio: length of the window over that of training, above 1.
-      width: width of a head.
+      width: columns of a head that have frequencies.
     """
     return frequencies * ratio ** (-2.0 * np.arange(len(frequencies)) / max(width - 2, 1))
 
@@ -121,10 +122,98 @@ def yarn_scaling(frequencies: np.ndarray, ratio: float, trained: int, slow: floa
     return (1.0 - unchanged) * frequencies / ratio + unchanged * frequencies
 
 
-class Rotary(nn.Module):
-    """RoPE: q and k rotate by position times theta^(-2i / head width) in pairs (2i, 2i + 1) (Su et al. 2021).
+def yarn_pair_scaling(
+    frequencies: np.ndarray,
+    ratio: float,
+    trained: int,
+    slow: float,
+    fast: float,
+    *,
+    theta: float,
+    width: int,
+    whole_pairs: bool,
+) -> np.ndarray:
+    """Returns YaRN's frequencies as its authors' code and checkpoints have them, blended by the index of a pair.
 
-    A grid is read as one axis, row-major, on which the tokens before it come first.
+    Args:
+      frequencies, ratio, trained, slow, fast: see `yarn_scaling`.
+      theta: base of the wavelengths.
+      width: columns of a head that have frequencies.
+      whole_pairs: the blend begins and ends at indices of pairs, the next ones outward.
+    """
+
+    def index_of(rotations: float) -> float:
+        return width * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = index_of(fast), index_of(slow)
+    if whole_pairs:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    if first == last:
+        last += 1e-3
+    interpolated = np.clip((np.arange(len(frequencies)) - first) / (last - first), 0.0, 1.0)
+    return interpolated * frequencies / ratio + (1.0 - interpolated) * frequencies
+
+
+def yarn_attention_factor(ratio: float, mscale: float = 0.0, mscale_all_dim: float = 0.0) -> float:
+    """Returns YaRN's factor of queries and of keys (arXiv 2309.00071, section 3.4), a fraction of two where both m are set."""
+
+    def factor(m: float) -> float:
+        return 0.1 * m * math.log(ratio) + 1.0 if ratio > 1 else 1.0
+
+    return factor(mscale) / factor(mscale_all_dim) if mscale and mscale_all_dim else factor(1.0)
+
+
+def longrope_attention_factor(ratio: float, trained: int) -> float:
+    """Returns LongRoPE's factor of queries and of keys (Ding et al. 2024, arXiv 2402.13753; its code)."""
+    return math.sqrt(1.0 + math.log(ratio) / math.log(trained)) if ratio > 1 else 1.0
+
+
+def scaled_rotation(config: RotaryConfig, head_width: int, trained: int, window: int) -> tuple[np.ndarray, float]:
+    """Returns the frequencies of a window, float64[F] in radians per token, and the factor of queries and of keys.
+
+    Args:
+      config: fields of the encoding, resolved.
+      head_width: features of one head.
+      trained: positions of the training window.
+      window: positions of the window.
+    """
+    width = config.rotary_width(head_width)
+    (frequencies,) = rotary_frequencies(width, 1, config.theta, config.rotary_pairs)
+    original = config.original_length or trained
+    ratio = config.scaling_factor or max(1.0, window / original)
+    factor = 1.0
+    if config.scaling in FACTOR_SCALINGS and ratio == 1.0:
+        return frequencies, config.attention_factor or factor
+    if config.scaling == "linear":
+        frequencies = linear_scaling(frequencies, ratio)
+    elif config.scaling == "ntk":
+        frequencies = ntk_scaling(frequencies, ratio, width)
+    elif config.scaling == "dynamic":
+        frequencies = ntk_scaling(frequencies, ratio * max(window, original) / original - (ratio - 1), width)
+    elif config.scaling == "llama3":  # YaRN's blend by rotations (Llama Team 2024, arXiv 2407.21783; its code)
+        frequencies = yarn_scaling(frequencies, ratio, original, config.low_freq_factor, config.high_freq_factor)
+    elif config.scaling == "yarn":
+        ends = original, config.yarn_beta_slow, config.yarn_beta_fast
+        if config.yarn_ramp == "pairs":
+            blend = {"theta": config.theta, "width": width, "whole_pairs": config.yarn_truncate}
+            frequencies = yarn_pair_scaling(frequencies, ratio, *ends, **blend)
+        else:
+            frequencies = yarn_scaling(frequencies, ratio, *ends)
+        factor = yarn_attention_factor(ratio, config.yarn_mscale, config.yarn_mscale_all_dim)
+    elif config.scaling == "longrope":
+        divisors = config.long_factor if window > original else config.short_factor
+        frequencies = frequencies / np.asarray(divisors[: len(frequencies)])
+        factor = longrope_attention_factor(ratio, original)
+    return frequencies, config.attention_factor or factor
+
+
+class Rotary(nn.Module):
+    """RoPE: q and k rotate by position times theta^(-2i / width) in pairs (2i, 2i + 1) (Su et al. 2021).
+
+    The width is that of a head, or of the share of it that rotates. Frequencies may be scaled for longer windows
+    (`scaled_rotation`); where that depends on the length of the window, all its tokens have the same frequencies, in a
+    prefill and while it is decoded. A grid is read as one axis, row-major, on which the tokens before it come first.
 
     Attributes:
       config: fields of the encoding.
@@ -142,38 +231,34 @@ class Rotary(nn.Module):
         Raises:
           InputError: a scaling of a window of symbolic length.
         """
-        config, width = self.config, self.dims.head_width
-        (frequencies,) = rotary_frequencies(width, 1, config.theta, config.rotary_pairs)
-        ratio = self._length_ratio(shape)
-        if ratio > 1.0:
-            frequencies = self._scaled(frequencies, ratio)
         positions_PL1 = flatten_positions(positions_PLA, shape, self.dims.prefix_tokens)
+        original = self.config.original_length or self.dims.num_positions
+        if all(isinstance(side, int) for side in shape) or not self.config.scales_by_window:
+            window = math.prod(shape) if self.config.scales_by_window else original
+            return self._signal(positions_PL1, window)
+        if (
+            self.config.scaling == "longrope" and self.config.scaling_factor
+        ):  # two sets of frequencies serve all lengths
+            short, long = (self._signal(positions_PL1, window) for window in (original, original + 1))
+            is_long = jnp.asarray(math.prod(shape)) > original
+            return jax.tree.map(lambda one, other: jnp.where(is_long, other, one), short, long)
+        raise InputError(
+            f"encoding.scaling='{self.config.scaling}' has other angles for every length, and an export has one "
+            "program for all: evaluate the run itself"
+        )
+
+    def _signal(self, positions_PL1: jax.Array, window: int) -> PositionSignal:
+        """The signal of positions int32[P, L, 1] in a window of so many positions."""
+        config = self.config
+        frequencies, factor = scaled_rotation(config, self.dims.head_width, self.dims.num_positions, window)
         cos, sin = unit_circle(positions_PL1[..., 0], frequencies / config.position_resolution)
         signal = PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]))
-        if ratio > 1.0 and config.scaling == "yarn":
-            sharper = jnp.full((1, cos.shape[1], 1, 1), 0.1 * math.log(ratio) + 1.0)
-            signal = signal.replace(multiplicative=(sharper, sharper))
-        return signal
-
-    def _length_ratio(self, shape: tuple[int, ...]) -> float:
-        """Positions of a window over those of training, for a scaling; 1 = no more, or no scaling."""
-        if self.config.scaling == "none":
-            return 1.0
-        if not all(isinstance(side, int) for side in shape):
-            raise InputError(
-                f"encoding.scaling='{self.config.scaling}' has other angles for every length, and an export has one "
-                "program for all: evaluate the run itself"
-            )
-        return max(1.0, math.prod(shape) / self.dims.num_positions)
-
-    def _scaled(self, frequencies: np.ndarray, ratio: float) -> np.ndarray:
-        """Frequencies for a window that is `ratio` times as long as the training window."""
-        config = self.config
-        if config.scaling == "linear":
-            return linear_scaling(frequencies, ratio)
-        if config.scaling == "ntk":
-            return ntk_scaling(frequencies, ratio, self.dims.head_width)
-        return yarn_scaling(frequencies, ratio, self.dims.num_positions, config.yarn_beta_slow, config.yarn_beta_fast)
+        if factor == 1.0:
+            return signal
+        if config.has_rotation_scaling:  # of the rotated columns alone
+            return signal.replace(rotation=tuple(factor * part for part in signal.rotation))
+        sharper = jnp.full((1, cos.shape[1], 1, 1), factor)
+        return signal.replace(multiplicative=(sharper, sharper))
 
 
 class RotaryID(nn.Module):

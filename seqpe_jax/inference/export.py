@@ -273,7 +273,7 @@ def card_notes(model: Any, max_grid: Shape, eval_size: Shape) -> list[str]:
     field = model.config.encoding.window_dependence
     if field and not model.config.is_image:
         notes.append(
-            f"Past {model.config.data.length} tokens all logits depend on the length of the input ({field}): pad inputs "
+            f"Past {model.config.encoding.one_signal_until(model.config.data.length)} tokens all logits depend on the length of the input ({field}): pad inputs "
             "of one text to one length."
         )
     return notes

@@ -43,7 +43,7 @@ def check_generation(
         beyond its positions.
     """
     _check_prompts(config, lengths)
-    dependence, trained = config.encoding.window_dependence, config.data.length
+    dependence, trained = config.encoding.window_dependence, config.encoding.one_signal_until(config.data.length)
     if window is not None and not dependence:
         raise InputError(
             f"--window={window} (Python: window=) is read by encodings whose positions depend on the length of the window ("
@@ -54,6 +54,7 @@ def check_generation(
     needed = longest if cut else longest + sampling.new_tokens
     check_positions(config, max(needed, window or 0), "the length of prompt and new tokens")
     size = f"the longest prompt ({longest} tokens)" + f" and {sampling.new_tokens} new tokens" * (not cut)
+    trained = min(trained, max_grid[0]) if max_grid else trained
     if max_grid is not None and needed > max_grid[0]:
         raise InputError(
             f"{size} are beyond the exported range, up to {max_grid[0]}: ask for less, or export the run again with "
@@ -65,7 +66,7 @@ def check_generation(
         return needed
     if window is None and needed > trained:
         raise InputError(
-            f"the training window of {trained} tokens does not hold {size}, and with {dependence} a text depends on the length "
+            f"a window of {trained} tokens does not hold {size}, and with {dependence} a text depends on the length "
             f"of a longer window: choose it, --window={needed} or more (Python: window=), or ask for fewer new tokens"
         )
     return max(window or 0, trained)

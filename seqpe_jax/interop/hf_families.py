@@ -631,7 +631,7 @@ def rotary_columns(config: Config) -> int:
     encoding, width = config.encoding, config.model.parts.head_width
     if encoding.kind != "rotary":
         return 0
-    return round(getattr(encoding, "rotary_share", 1.0) * width)
+    return encoding.rotary_width(width)
 
 
 def _model_section(kind: str, draft: Mapping[str, Any]) -> dict[str, Any]:
@@ -663,7 +663,7 @@ def _model_section(kind: str, draft: Mapping[str, Any]) -> dict[str, Any]:
 def _written_rope(family: Family, config: Config) -> dict[str, Any]:
     """The rotary fields of a config.json, in the forms of transformers 4 and 5."""
     encoding = config.encoding if config.encoding.kind == "rotary" else configs.RotaryConfig()
-    return rope_to_hf(encoding, config.model.parts.head_width, config.data.length, gpt_neox=family.kind == "gpt_neox")
+    return rope_to_hf(encoding, config.model.parts.head_width, config.data.length, family.kind)
 
 
 def settings_of(config: Config) -> tuple[Family, dict[str, Any]]:

@@ -67,6 +67,13 @@ def recording(chosen, names):
     return Recording
 
 
+SCALINGS = (
+    {"scaling": "yarn", "yarn_ramp": "pairs"},
+    {"scaling": "llama3"},
+    {"scaling": "longrope", "short_factor": (1.0,) * 6, "long_factor": (2.0,) * 6},
+)
+
+
 @pytest.mark.parametrize("kind", ENCODINGS)
 def test_each_field_is_read_where_a_model_is_built_and_applied(kind):
     """With every part, and on windows longer than in training; else a field would do nothing."""
@@ -75,11 +82,12 @@ def test_each_field_is_read_where_a_model_is_built_and_applied(kind):
     parts = {"rotary_pairs": 2, "gate": "forget" if len(settings.grid) == 1 else "none", "log_scaling": True}
     own |= {name: value for name, value in parts.items() if name in own}
     if kind in ("rotary", "rope_id"):  # which sharpen attention themselves
-        own |= {"log_scaling": False} | ({"scaling": "yarn"} if kind == "rotary" else {})
+        own["log_scaling"] = False
     del own["kind"]
-    encoding = recording(ENCODINGS[kind], names)(**own)
-    settings = dataclasses.replace(settings, encoding=encoding)
-    signal_of(settings, tuple(2 * side for side in settings.grid))
+    for scaling in SCALINGS if kind == "rotary" else ({},):
+        encoding = recording(ENCODINGS[kind], names)(**own | scaling)
+        settings = dataclasses.replace(settings, encoding=encoding)
+        signal_of(settings, tuple(2 * side for side in settings.grid))
     assert own.keys() - names == set()
 
 

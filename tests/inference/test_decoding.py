@@ -324,7 +324,7 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
         patch.setattr(decode, "decode", record)
         patch.setattr(CompiledModel, "signal", lambda self, params, shape, rows: windows.append(shape))
         if field:
-            words = f"the training window of 16 .* with {field} .* choose it, --window=25 or more"
+            words = f"a window of 16 .* with {field} .* choose it, --window=25 or more"
             with pytest.raises(InputError, match=words):
                 window_of([short], 20)
             assert window_of([short], 3) == window_of([short], 11) == window_of([short, long], 3) == (16,)

@@ -1,0 +1,91 @@
+"""Encodings that some layers get: the signal of each layer, and refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.config import ENCODINGS, ModelDims
+from seqpe_jax.encodings.position_signal import PositionSignal
+from seqpe_jax.errors import InputError
+from tests.tiny import tiny_config
+
+LAYERS, HEADS, LENGTH = 4, 2, 5
+POSITIONS_PLA = jnp.arange(LENGTH)[None, :, None]
+
+
+def signal_of(kind, **fields):
+    encoding = ENCODINGS[kind](**fields).build(ModelDims(LAYERS, 24, HEADS, (LENGTH,)))
+    return encoding.init_with_output(jax.random.PRNGKey(0), POSITIONS_PLA, shape=(LENGTH,))[0]
+
+
+def present(signal):
+    return {
+        name
+        for name in ("rotation", "position_query_key", "relative_bias", "bias_params", "multiplicative")
+        if getattr(signal, name) is not None
+    }
+
+
+def test_each_part_reaches_its_layers_alone():
+    """Layer by layer as the encoding of all layers has it, for those that get it; in periods as `scan` takes them."""
+    own = {"rotary_pairs": 3, "log_scaling": True}
+    every, some = signal_of("kerple", **own), signal_of("kerple", layers_with=(1, 0), rotary_layers=(0, 0, 1, 1), **own)
+    assert every.layer_period(LAYERS) == 1 and some.layer_period(LAYERS) == 4
+    for layer in range(LAYERS):
+        expected, found = every.at_layer(layer), some.at_layer(layer)
+        fields = {"multiplicative", "relative_bias", "bias_params"} if layer % 2 == 0 else {"multiplicative"}
+        fields |= {"rotation"} if layer > 1 else set()
+        assert present(found) == fields and not found.field_layers and not found.per_layer_fields
+        for name in fields:
+            jax.tree.map(np.testing.assert_array_equal, getattr(found, name), getattr(expected, name))
+        (shared, own_layers), turn = some.at_layers(layer, LAYERS).split_by_layer(), lambda leaf: leaf[0]
+        jax.tree.map(np.testing.assert_array_equal, shared.joined(jax.tree.map(turn, own_layers)), found)
+    with pytest.raises(ValueError, match="do not share the others' structure"):
+        some.split_by_layer()
+
+
+def test_layers_of_a_period_are_scanned_together():
+    some = signal_of("kerple", layers_with=(0, 1))
+    assert some.layer_period(LAYERS) == 2 and some.layer_period(2) == 2
+    assert present(some.at_layers(0, 2)) == set()
+    of_two, every = some.at_layers(1, 2), signal_of("kerple")
+    assert of_two.per_layer_fields == ("bias_params",)
+    np.testing.assert_array_equal(of_two.bias_params["slope"], every.bias_params["slope"][1::2])
+
+
+INPUT_ADD = {"encoding__mode": "input_add", "encoding__qk": "none"}
+INPUT_ADD |= {f"objective__{loss}__weight": 0.0 for loss in ("contrastive", "distillation")}
+REFUSED = [
+    (
+        "learned",
+        {"encoding__layers_with": (1, 0)},
+        "layers_with=.* is not read by encoding.kind='learned', only by seqpe, ",
+    ),
+    (
+        "seqpe",
+        INPUT_ADD | {"encoding__layers_with": (1,)},
+        "reaches all layers",
+    ),
+    ("alibi", {"encoding__layers_with": (1, 0)}, "layers_with has 2 flags, and model.layers=1"),
+    ("alibi", {"encoding__layers_with": (0,)}, r"layers_with=\(0,\) leaves no layer with positions"),
+    ("alibi", {"encoding__layers_with": (2,)}, "layers_with' must be at least 0 and at most 1"),
+    (
+        "none",
+        {"encoding__rotary_layers": (1,)},
+        "rotary_layers=.* is read by encoding.kind='none' with encoding.rotary_pairs",
+    ),
+    ("none", {"encoding__rotary_layers": (0,), "encoding__rotary_pairs": 2}, "rotary_layers=.* leaves no layer"),
+]
+
+
+@pytest.mark.parametrize("kind, fields, message", REFUSED)
+def test_flags_that_do_nothing_are_refused_by_name(kind, fields, message):
+    with pytest.raises(InputError, match=message):
+        settings = tiny_config(variant=kind, **fields)
+        settings.encoding.build(settings.dims)
+
+
+def test_what_is_added_to_tokens_reaches_all_layers():
+    with pytest.raises(ValueError, match="reaches all layers"):
+        PositionSignal(input_embedding=jnp.zeros((1, 2, 3))).for_layers((True, False))
