@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -321,6 +322,8 @@ def _with_rows(runs: list[Run], named: bool) -> list[Run]:
         }
         for run in runs
     ]
+    for run, own in zip(runs, settings, strict=True):  # seeds of a row begin with seeds of a row
+        own["init_from"] = pathlib.PurePath(own.get("init_from", "")).name.removesuffix(f"-{run.seed}")
     variants = [json.dumps(own, sort_keys=True) for own in settings]
     encodings = dict.fromkeys(run.encoding for run in runs)
     names: dict[str, set[str]] = {}

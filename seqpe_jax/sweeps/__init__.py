@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from seqpe_jax.sweeps.spec import (
         BestOf,
+        FolderOf,
         Range,
         Search,
         choose_parts_then_repeat,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         zipped,
     )
 
-__all__ = ["BestOf", "Range", "Search", "choose_parts_then_repeat", "product", "tune_then_repeat", "zipped"]
+__all__ = ["BestOf", "FolderOf", "Range", "Search", "choose_parts_then_repeat", "product", "tune_then_repeat", "zipped"]
 
 
 def __getattr__(name: str) -> Any:

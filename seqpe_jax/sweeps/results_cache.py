@@ -87,7 +87,7 @@ class ResultsCache:
             atomic_write(self._path, f'{{\n "shared": {json.dumps(self._shared)},\n "runs": {{\n{lines}\n }}\n}}\n')
 
     def _entry(self, run: SweepRun) -> dict[str, Any]:
-        settings = json.loads(json.dumps(flatten_dict(config.to_dict(run.trial.settings), ".")))  # tuples become lists
+        settings = json.loads(json.dumps(flatten_dict(_settings_of(run), ".")))  # tuples become lists
         self._shared = self._shared or settings
         differing = {name: value for name, value in settings.items() if self._shared.get(name) != value}
         lines = RunDir(run.folder).read_metrics()
@@ -112,7 +112,7 @@ class ResultsCache:
             settings = config.to_dict(config.from_dict(unflatten_dict(self._shared | entry["settings"], ".")))
         except InputError as error:
             raise InputError(f"{where} cannot be read by this version: {error}") from error
-        if lines := config.difference(settings, config.to_dict(run.trial.settings)):
+        if lines := config.difference(settings, _settings_of(run)):
             raise InputError(
                 f"{where} is another one there ({', '.join(lines)}): give it a new name, or name a new file"
             )
@@ -123,6 +123,15 @@ class ResultsCache:
             (folder / RESTORED_FILE).write_text(json.dumps({"step": run.steps, "from": str(self._path)}))
             (folder / "config.json").write_text(json.dumps(settings, indent=2))
         return True
+
+
+def _settings_of(run: SweepRun) -> dict[str, Any]:
+    """Returns the config of a run; of a folder that it begins with in the same sweep, the name alone."""
+    settings = config.to_dict(run.trial.settings)
+    source = as_path(settings["init_from"]) if settings["init_from"] else None
+    if source is not None and source.absolute().parent == as_path(run.folder).absolute().parent:
+        settings["init_from"] = source.name
+    return settings
 
 
 def _with_current_names(settings: dict[str, Any]) -> dict[str, Any]:

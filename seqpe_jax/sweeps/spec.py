@@ -48,6 +48,25 @@ class BestOf:
 
 
 @dataclasses.dataclass(frozen=True)
+class FolderOf:
+    """Override of `init_from`: the folder of another run of the sweep, which is trained and evaluated before.
+
+    Attributes:
+      run: name of that run, which is yielded before this one.
+    """
+
+    run: str
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The run, as `BestOf.runs` names those that a field waits for."""
+        return (self.run,)
+
+
+OPEN = (BestOf, FolderOf)  # values of fields that other runs decide
+
+
+@dataclasses.dataclass(frozen=True)
 class Trial:
     """Name and config of one run of a sweep.
 
@@ -56,14 +75,14 @@ class Trial:
       config: `FILE.py[:variant]`.
       overrides: values by dotted field.
       settings: the complete config; an open field has one of its possible values.
-      best: open fields, with the runs whose result decides each.
+      best: open fields, with the runs that decide each.
     """
 
     name: str
     config: str
     overrides: Overrides
     settings: Config
-    best: Mapping[str, BestOf] = dataclasses.field(default_factory=dict)
+    best: Mapping[str, BestOf | FolderOf] = dataclasses.field(default_factory=dict)
 
     @property
     def arguments(self) -> list[str]:
@@ -372,7 +391,7 @@ def _checked_trials(base: str, runs: Iterable[tuple[str, Overrides]]) -> tuple[T
             raise InputError(f"two runs are named '{name}': give each run a name of its own")
         overrides_of[name] = overrides
     is_open = {
-        name: any(isinstance(value, BestOf) for value in overrides.values()) for name, overrides in overrides_of.items()
+        name: any(isinstance(value, OPEN) for value in overrides.values()) for name, overrides in overrides_of.items()
     }
     closed = {name: make_trial(name, base, own) for name, own in overrides_of.items() if not is_open[name]}
     for name, trial in closed.items():
@@ -407,7 +426,7 @@ class _Possible:
         self.trials[trial.name] = trial
         self._values[trial.name] = self.values(trial.best)
 
-    def values(self, best: Mapping[str, BestOf]) -> list[Overrides]:
+    def values(self, best: Mapping[str, BestOf | FolderOf]) -> list[Overrides]:
         """Returns every set of values that open fields can get.
 
         Args:
@@ -416,6 +435,9 @@ class _Possible:
         sets: list[list[Overrides]] = []
         for one in dict.fromkeys(best.values()):
             fields = [field for field, other in best.items() if other == one]
+            if isinstance(one, FolderOf):
+                sets.append([dict.fromkeys(fields, one.run)])  # the folder of the sweep is not known here
+                continue
             own = [values for run in one.runs for values in self._of_run(run, fields)]
             if one.count > 1:
                 plain = self._of_run(one.base, fields)[0]
@@ -445,16 +467,19 @@ def _open_trial(name: str, base: str, overrides: Mapping[str, Any], possible: _P
     Args:
       name: name of the run.
       base: config file of the sweep.
-      overrides: its overrides, with a `BestOf` for each open field.
+      overrides: its overrides, with a `BestOf` or `FolderOf` for each open field.
       possible: the trials that may decide it.
     """
-    best = {field: value for field, value in overrides.items() if isinstance(value, BestOf)}
+    best = {field: value for field, value in overrides.items() if isinstance(value, OPEN)}
     fixed = {field: value for field, value in overrides.items() if field not in best}
     for field, one in best.items():
         if field not in config.field_names():
             raise InputError(f"run '{name}': {config.unknown_field_message(field)}")
         try:
-            _check_best(one, possible.trials)
+            if isinstance(one, FolderOf):
+                _check_folder(field, one, possible.trials)
+            else:
+                _check_best(one, possible.trials)
         except InputError as error:
             raise InputError(f"run '{name}': {field}: {error}") from error
     choices = possible.values(best)
@@ -480,6 +505,17 @@ def _open_trial(name: str, base: str, overrides: Mapping[str, Any], possible: _P
 def value_of(settings: Config, field: str) -> Any:
     """Returns the value of a dotted field."""
     return flatten_dict(config.to_dict(settings), ".")[field]
+
+
+def _check_folder(field: str, folder: FolderOf, trials: Mapping[str, Trial]) -> None:
+    """Checks that a run can begin with the parameters of another. Raises: InputError."""
+    if field != "init_from":
+        raise InputError("FolderOf is the value of init_from alone")
+    if folder.run not in trials:
+        raise InputError(
+            f"it waits for run '{folder.run}', which this sweep does not have, or yields only later."
+            f"{suggest(str(folder.run), trials)}"
+        )
 
 
 def _check_best(best: BestOf, trials: Mapping[str, Trial]) -> None:

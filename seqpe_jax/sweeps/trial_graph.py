@@ -3,7 +3,8 @@
 The record lets an edited sweep resume without mixing up its runs. Each trial is an object of "config", "overrides" and
 "settings". One with open fields has "best": FIELD -> {"runs", "minimise" or "maximise"}, with "count" and "base" where
 several runs are combined, and once they are decided "decided": FIELD -> {"value", "run" (the best), "metric", "measured"
-(run -> number, null where it failed)}, with "combined" where the value comes from several runs.
+(run -> number, null where it failed)}, with "combined" where the value comes from several runs. A run that begins with the
+parameters of another has "begins_with": {"init_from": that run}, decided as {"value": folder, "run"}.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write, parse_json
 from seqpe_jax.run_dir import SWEEP_FILE, RunDir
 from seqpe_jax.sweeps.run import SweepRun
-from seqpe_jax.sweeps.spec import BestOf, Range, Search, SweepFile, Trial, make_trial, value_of
+from seqpe_jax.sweeps.spec import BestOf, FolderOf, Range, Search, SweepFile, Trial, make_trial, value_of
 
 Decision = dict[str, Any]  # of one field, as the record holds it
 Decisions = dict[str, Decision]  # of one trial, by field
@@ -87,7 +88,9 @@ class TrialGraph:
     def __init__(self, workdir: AnyPath, trials: Sequence[Trial]):
         """Creates the graph from trials and the record of a sweep folder. Raises: InputError: a damaged record."""
         self._workdir = workdir
-        deciding = {name for trial in trials for best in trial.best.values() for name in best.runs}
+        deciding = {
+            name for trial in trials for best in trial.best.values() for name in best.runs if isinstance(best, BestOf)
+        }
         self.runs = {trial.name: SweepRun(trial, workdir / trial.name, trial.name not in deciding) for trial in trials}
         self.decisions = recorded_decisions(workdir)
         self._final = {
@@ -151,7 +154,7 @@ class TrialGraph:
         groups: dict[str, list[str]] = {}
         for run in self.updated(runs):
             for field, best in run.trial.best.items():
-                unmeasured = [one for one in map(self.runs.get, best.runs) if self._measured(one, best) is None]
+                unmeasured = [one for one in map(self.runs.get, best.runs) if not self._decides(one, best)]
                 states = ", ".join(f"{one.name} ({self._state(one)})" for one in unmeasured)
                 groups.setdefault(f"for {states} to decide {field}", []).append(run.name)
         return [f"{', '.join(names)} wait{'s' * (len(names) == 1)} {words}" for words, names in groups.items()]
@@ -160,8 +163,11 @@ class TrialGraph:
     def _state(run: SweepRun) -> str:
         return "failed" if run.failure() else "not finished" if run.remaining_commands() else "measured no number"
 
-    def _decision(self, best: BestOf, field: str, pending: Collection[str]) -> Decision | None:
+    def _decision(self, best: BestOf | FolderOf, field: str, pending: Collection[str]) -> Decision | None:
         """Decision on a field; None while runs are under way, and where all failed."""
+        if isinstance(best, FolderOf):
+            source = self.runs[best.run]
+            return None if source.remaining_commands() else {"value": str(source.folder), "run": best.run}
         runs = [self.runs[name] for name in dict.fromkeys((*best.runs, *filter(None, [best.base])))]
         if not all(self._has_ended(run, pending) for run in runs):
             return None
@@ -189,6 +195,10 @@ class TrialGraph:
     def _has_ended(run: SweepRun, pending: Collection[str]) -> bool:
         return not run.remaining_commands() or (run.name not in pending and run.failure() is not None)
 
+    def _decides(self, run: SweepRun, best: BestOf | FolderOf) -> bool:
+        """True if a run has what decides a field."""
+        return not run.remaining_commands() if isinstance(best, FolderOf) else self._measured(run, best) is not None
+
     @staticmethod
     def _measured(run: SweepRun, best: BestOf) -> float | None:
         """Metric of a finished run at its last step; None without it, or where it is not finite."""
@@ -206,6 +216,8 @@ def describe_decision(field: str, decision: Decision) -> str:
       decision: its value, and what it is based on.
     """
     value, run = decision["value"], decision["run"]
+    if "metric" not in decision:
+        return f"{field}={value} ({run} is finished)"
     failed = [name for name, measured in decision["measured"].items() if measured is None]
     left_out = f"; without {', '.join(failed)}, which failed" if failed else ""
     shown = f"{value:g}" if isinstance(value, float) else str(value)
@@ -258,11 +270,17 @@ def _write(workdir: AnyPath, record: dict[str, Any]) -> None:
 def _to_json(trial: Trial, old: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a trial as the record holds it, with the decisions of its old entry."""
     entry = {"config": trial.config, "overrides": trial.overrides, "settings": config.to_dict(trial.settings)}
-    if trial.best:
-        entry["best"] = {field: _best_to_json(best) for field, best in trial.best.items()}
+    entry |= {name: value for name, value in _open_to_json(trial).items() if value}
     if "decided" in old:
         entry |= {"settings": old["settings"], "decided": old["decided"]}
     return entry
+
+
+def _open_to_json(trial: Trial) -> dict[str, dict[str, Any]]:
+    """Returns what decides the open fields of a trial, as the record holds it."""
+    begins = {field: one.run for field, one in trial.best.items() if isinstance(one, FolderOf)}
+    best = {field: _best_to_json(one) for field, one in trial.best.items() if isinstance(one, BestOf)}
+    return {"best": best, "begins_with": begins}
 
 
 def _best_to_json(best: BestOf) -> dict[str, Any]:
@@ -289,7 +307,8 @@ def _changes(workdir: AnyPath, trial: Trial, old: dict[str, Any]) -> list[str]:
         raise InputError(
             f"{workdir / SWEEP_FILE}: the recorded run '{trial.name}' cannot be read by this version: {error}"
         ) from error
-    best = {field: _best_to_json(one) for field, one in trial.best.items()}
     decided = tuple(f"{field}: " for field in old.get("decided", {}))
     lines = config.difference(before, config.to_dict(trial.settings))
-    return config.difference(old.get("best", {}), best) + [line for line in lines if not line.startswith(decided)]
+    open_fields = _open_to_json(trial)
+    others = [line for name, now in open_fields.items() for line in config.difference(old.get(name, {}), now)]
+    return others + [line for line in lines if not line.startswith(decided)]

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax import config as configs
-from seqpe_jax.config import CompatConfig, Config, EncodingConfig, ModelConfig, SeqPEConfig
+from seqpe_jax.config import Config, ModelConfig, SeqPEConfig
 from seqpe_jax.distributed import sharding
 from seqpe_jax.encodings.absolute import resize_table
 from seqpe_jax.errors import InputError
@@ -65,6 +65,7 @@ FREE_MODEL = {
     "vocabulary",
     "classes",
 }
+WINDOW = ("window", "window_layers")  # which tokens see which, without parameters of their own
 TABLE = "encoding/table"  # of learned positions
 HEAD = "model/head/"  # of an image's classes
 GATE = "fading"  # parameters of a gate in each block
@@ -81,7 +82,7 @@ class WarmStart:
       shapes: shape of each parameter of the source, by name, stacked over layers as the run's are.
       kept: names of the parameters that are taken as they are.
       resized: names of the tables that are interpolated or cut.
-      changes: `field: old -> new` of the encoding's fields that differ and on which its parameters depend.
+      changes: `field: old -> new` of the fields that change what the model computes: the encoding, and windows of attention.
     """
 
     config: Config
@@ -226,6 +227,7 @@ def open_source(config: Config, targets: Params, new_classes: bool = False) -> W
         elif same and meant:
             kept.add(name)
     check_shapes(as_path(config.init_from), stored, fixed)
+    changes += _window_changes(theirs.model, ours.model)
     return WarmStart(config, source, targets, stored, frozenset(kept), frozenset(resized), tuple(changes))
 
 
@@ -247,7 +249,7 @@ def check_source(config: Config, task: Task, checkpoint: str) -> None:
         )
     stored = importlib.import_module("seqpe_jax.loading").folder_config(checkpoint)
     theirs, ours = _comparable(stored), _comparable(config)
-    lines = _differences("model", theirs.model, ours.model, FREE_MODEL)
+    lines = _differing("model", _model_values(theirs.model), _model_values(ours.model))
     if len(theirs.grid) != len(ours.grid):
         lines.append(f"coordinates of a position: {len(theirs.grid)} -> {len(ours.grid)}")
     if lines:
@@ -269,26 +271,40 @@ def _comparable(config: Config) -> Config:
 
 def _encoding_changes(theirs: Config, ours: Config) -> tuple[bool, list[str]]:
     """Returns whether the parameters of the encoding mean the same, and `field: theirs -> ours` of what differs."""
-    lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
+    fields, other_fields = (dataclasses.asdict(one.encoding) for one in (theirs, ours))
+    if theirs.encoding.kind != ours.encoding.kind:
+        fields, other_fields = ({name: one[name] for name in ("kind",)} for one in (fields, other_fields))
+    lines = _differing("encoding", _without(fields, FREE_ENCODING), _without(other_fields, FREE_ENCODING))
     keeps = {line.partition(":")[0].removeprefix("encoding.") for line in lines} <= PARTS
     if theirs.encoding.kind != ours.encoding.kind and theirs.encoding.gate != ours.encoding.gate:
         lines.append(f"encoding.gate: {theirs.encoding.gate} -> {ours.encoding.gate}")
     digits = [one.encoding.num_digits for one in (theirs, ours) if isinstance(one.encoding, SeqPEConfig)]
-    compat = _differences("compat", theirs.compat, ours.compat, set())
+    compat = _differing("compat", *(dataclasses.asdict(one.compat) for one in (theirs, ours)))
     if len(set(digits)) > 1:
         lines.append(f"encoding.digits: {digits[0]} -> {digits[1]}")
     return keeps and not compat and len(set(digits)) < 2, lines + compat
 
 
-def _differences(
-    section: str, theirs: EncodingConfig | CompatConfig | ModelConfig, ours: Any, free: set[str]
-) -> list[str]:
-    """Returns `section.field: theirs -> ours` for each field that differs, except the free ones."""
-    theirs_dict, ours_dict = dataclasses.asdict(theirs), dataclasses.asdict(ours)
-    names = {"kind"} if section == "encoding" and theirs.kind != ours.kind else theirs_dict.keys() - free
-    return configs.difference(
-        {name: theirs_dict[name] for name in names}, {name: ours_dict[name] for name in names}, f"{section}."
-    )
+def _window_changes(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
+    """Returns `model.field: theirs -> ours` of the windows of attention, which have no parameters."""
+    windows = ({name: getattr(model.parts, name) for name in WINDOW} for model in (theirs, ours))
+    return _differing("model", *windows)
+
+
+def _model_values(model: ModelConfig) -> dict[str, Any]:
+    """The values on which the meaning of a model's parameters depends; a kind is no more than the parts it stands for."""
+    parts = dataclasses.asdict(model.parts)
+    network = {"kind": model.kind if model.kind == "vit" else "decoder"}
+    return _without(dataclasses.asdict(model) | parts | network, FREE_MODEL.union(WINDOW))
+
+
+def _without(values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _differing(section: str, theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Returns `section.field: theirs -> ours` for each field that differs."""
+    return configs.difference(theirs, ours, f"{section}.")
 
 
 def _layout_change(theirs: ModelConfig, ours: ModelConfig) -> Callable[[Params], Params] | None:

@@ -10,6 +10,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.reporting import study
 from seqpe_jax.sweeps import local, trial_graph
 from seqpe_jax.sweeps.results_cache import ResultsCache
+from seqpe_jax.sweeps.spec import FolderOf
 from tests.sweeps.fake import FakeRun, headers
 from tests.sweeps.test_trial_graph import TRIALS, begun, trial, wishes  # noqa: F401
 
@@ -125,3 +126,26 @@ def test_another_file_is_refused_in_a_line(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(InputError, match="holds no results of a sweep, or is damaged"):
         ResultsCache(tmp_path / "results.json")
+
+
+def test_a_run_begins_with_the_folder_of_another(tmp_path, wishes):  # noqa: F811
+    """In whichever folder the sweep is: the results file has the name alone."""
+    base, tuned = trial("base-1", seed=1), trial("tuned-1", seed=1, batch_size=16)
+    trials = (base, dataclasses.replace(tuned, best={"init_from": FolderOf("base-1")}))
+    file = tmp_path / "study.json"
+    first = worked(tmp_path / "first", file, trials)[0]
+    assert [headers(run) for run in first.runs.values()] == [["train", "evaluate"]] * 2
+    folder = str(tmp_path / "first" / "base-1")
+    assert first.runs["tuned-1"].trial.overrides["init_from"] == folder
+    assert f"--config.init_from={folder}" in first.runs["tuned-1"].trial.arguments
+    recorded = json.loads((tmp_path / "first" / "sweep.json").read_text())["points"]["tuned-1"]
+    assert recorded["begins_with"] == {"init_from": "base-1"} and "best" not in recorded
+    assert recorded["decided"] == {"init_from": {"value": folder, "run": "base-1"}}
+    second, restored, decided = worked(tmp_path / "second", file, trials)
+    assert restored == ["base-1", "tuned-1"] and str(tmp_path) not in file.read_text()
+    assert decided == [f"tuned-1: init_from={tmp_path}/second/base-1 (base-1 is finished)"]
+    rows = {run.name: run.row for run in study.read_study(tmp_path / "second").runs}
+    assert rows == {"base-1": "base-1", "tuned-1": "tuned-1"} and not second.blocked_runs([])
+    wishes["base-1"] = "fails"
+    third = worked(tmp_path / "third", tmp_path / "other.json", trials)[0]
+    assert third.blocked_runs([third.runs["tuned-1"]]) == ["tuned-1 waits for base-1 (failed) to decide init_from"]

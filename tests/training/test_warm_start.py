@@ -72,7 +72,7 @@ GATE = {"variant": "alibi", "encoding__gate": "forget"}
             GATE | {"encoding__gate": "cable"},
             "keeps N parameters; draws N (model/blocks/fading); encoding.gate: forget -> cable",
         ),
-        (GATE | {"model__scan": True}, GATE, ""),
+        (GATE | {"model__scan": True}, GATE | {"model__kind": "decoder"}, ""),
     ],
 )
 def test_one_line_says_what_is_kept_drawn_and_dropped(tmp_path, theirs, ours, line):
@@ -116,7 +116,7 @@ def test_other_sizes_are_refused(tmp_path):
     source = written(tmp_path / "run", tiny_config())
     run = Trainer.of(tiny_config(model__width=48, model__activation="relu"), jax.devices()[:1])
     with pytest.raises(
-        InputError, match="differs in model.activation: gelu_tanh -> relu; model.width: 24 -> 48"
+        InputError, match="differs in model.activation: gelu_tanh -> relu; .*model.width: 24 -> 48"
     ) as caught:
         check_source(run.config, run.task, source)
     assert f"or take its config: --config={source}" in str(caught.value)
