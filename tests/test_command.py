@@ -98,12 +98,18 @@ common.run(main)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "closed, output", [(">&- 2>&-", (2, "", "")), ("", (2, "\\xe9 \\ufffd\n", "error: refused\n"))]
+    "line, output",
+    [
+        ("{} >&- 2>&-", (2, "", "")),
+        ("{}", (2, "\\xe9 \\ufffd\n", "error: refused\n")),
+        ("{} > /dev/full", (1, "", "failed: No space left on device\n")),
+        ("({}; echo $? >&2) | true", (0, "", "1\n")),
+    ],
 )
-def test_a_command_works_with_closed_streams_and_where_output_is_ascii(closed, output):
-    """In a process of its own, whose standard streams are closed, or ASCII, before Python starts."""
+def test_a_command_ends_in_one_line_with_closed_full_and_ascii_streams(line, output):
+    """In a process of its own, whose standard streams are so before Python starts."""
     ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    words = f"{shlex.join([sys.executable, '-c', SCRIPT])} {closed}"
+    words = line.format(shlex.join([sys.executable, "-c", SCRIPT]))
     result = subprocess.run(words, shell=True, cwd=ROOT, env=os.environ | ascii_only, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == output
 
@@ -129,7 +135,9 @@ def test_a_faulty_config_file_is_refused_by_name_and_line(tmp_path, content):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path, words", [("gone.py", "no config file at gone.py"), (".", "no config file at")])
+@pytest.mark.parametrize(
+    "path, words", [("gone.py", "no config file at gone.py"), (".", "is no checkpoint that can be read")]
+)
 def test_a_config_that_is_no_file_is_refused(path, words):
     with pytest.raises(InputError, match=words):
         read("--config", path)

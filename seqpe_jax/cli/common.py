@@ -151,12 +151,18 @@ def run(main: Callable[[], None]) -> None:
         _parse_flags(sys.argv)
         processes.configure_malloc()
         main()
+        sys.stdout.flush()
         processes.shutdown()
     except (InputError, flags.Error) as error:
         # At once: libraries that are cut short in their work would print more than this line.
         processes.abort(2, f"error: {_one_line(error)}")
     except Failure as error:
         processes.abort(error.code, _one_line(error))
+    except BrokenPipeError:  # the reader of the output has ended, e.g. `| head`
+        processes.abort(1, "")
+    except OSError as error:  # a full disk, no permission, ...
+        processes.wait_for_abort()  # another process may be the cause
+        processes.abort(1, f"failed: {_describe(error)}")
     except KeyboardInterrupt:
         processes.abort(130, "interrupted")
     except Exception as error:
@@ -216,6 +222,13 @@ def _parse_flags(argv: list[str]) -> None:
 def _occurrences() -> dict[str, int]:
     """Returns how often each flag was given, without those that collect the values of each time."""
     return {name: flag.present for name in flags.FLAGS if not isinstance(flag := flags.FLAGS[name], flags.MultiFlag)}
+
+
+def _describe(error: OSError) -> str:
+    """Returns where an error of the operating system occurred, and which."""
+    names = [str(name) for name in (error.filename, error.filename2) if name]
+    reason = error.strerror or error
+    return _one_line(f"{' -> '.join(names)}: {reason}" if names else reason)
 
 
 def _one_line(message: object) -> str:

@@ -169,11 +169,11 @@ def shutdown() -> None:
 
 
 def abort(code: int, reason: str) -> NoReturn:
-    """Exits all processes of the run; the coordinator prints the reason, one line, once."""
+    """Exits all processes of the run; the coordinator prints the reason, one line, once; "" = nothing."""
     if _roll_call is not None:
-        sys.stdout.flush()
         _roll_call.abort(code, reason)
-    print(reason, file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be on a full disk
+        print(reason, end="\n" if reason else "", file=sys.stderr)
     roll_call.exit_process(code)
 
 

@@ -1,5 +1,6 @@
 """One line of progress on the terminal."""
 
+import contextlib
 import sys
 import time as clock
 from collections.abc import Iterable
@@ -59,23 +60,25 @@ class ProgressLine:
         parts += filter(None, notes)
         line = "  ".join(parts)
         if self._terminal:
-            self._stream.write("\r" + line.ljust(self._width))
+            self._write("\r" + line.ljust(self._width))
             self._width = len(line)
         else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+            self._write(line + "\n")
 
     def say(self, message: str) -> None:
         """Prints a message on a line of its own."""
         if not self._silent:
             self.close()
-            self._stream.write(message + "\n")
-            self._stream.flush()
+            self._write(message + "\n")
 
     def close(self) -> None:
         """Closes the line."""
         if self._terminal and self._width:
-            self._stream.write("\n")
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a log on a full disk, or a closed pipe, is no reason to end a run
+            self._stream.write(text)
             self._stream.flush()
 
 

@@ -75,8 +75,9 @@ def differences(facts: dict[int, Facts], hosts: Mapping[int, str] | None = None)
 
 def exit_process(code: int) -> NoReturn:
     """Exits at once, from any thread: other threads may wait for a process that no longer exists."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk, or a closed pipe, changes no exit code
+            stream.flush()
     os._exit(code)
 
 

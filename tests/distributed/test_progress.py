@@ -1,12 +1,15 @@
 """metrics.jsonl keeps what it should; the progress line says what it must."""
 
+import errno
 import io
 import json
+import types
 
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 
 from seqpe_jax.distributed.progress import ProgressLine
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.training.metrics_writer import MetricsWriter
 
@@ -40,6 +43,43 @@ def test_tensorboard_events_are_written(tmp_path):
     writer.write(1, {"train/loss": 2.0}, time=0.0)
     writer.close()
     assert [path.name.startswith("events") for path in (tmp_path / "tensorboard").iterdir()] == [True]
+
+
+def test_metrics_wait_for_space_on_the_disk(tmp_path, monkeypatch, capsys):
+    """The file takes half of a line, then nothing, then all; an event file fails once."""
+    writer = MetricsWriter(tmp_path)
+    file, space = writer._file, [20, 0, 0, 10**6]
+
+    def write(content):
+        if not space[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return file.write(content[: space[0]])
+
+    writer._file = types.SimpleNamespace(write=write, close=file.close)
+    flush = EventsWriter.flush
+
+    def flush_events(self):
+        write(b"")
+        flush(self)
+
+    monkeypatch.setattr(EventsWriter, "flush", flush_events)
+    for step in range(1, 4):
+        writer.write(step, {"train/loss": 1.0}, time=0.0)
+        del space[0]
+        writer.flush()
+    shown = capsys.readouterr().err
+    assert shown.count("metrics are kept") == shown.count("events are kept") == 1
+    writer.close()
+    assert [line["step"] for line in RunDir(tmp_path).read_metrics()] == [1, 2, 3]
+    events = list((tmp_path / "tensorboard").iterdir())
+    assert events and max(path.stat().st_size for path in events) > 100
+
+    writer = MetricsWriter(tmp_path, 3)
+    writer._file = types.SimpleNamespace(write=write, close=writer._file.close)
+    space[:] = [0]
+    writer.write(4, {"train/loss": 1.0}, time=0.0)
+    with pytest.raises(Failure, match="no space for the last 1 lines of .*metrics.jsonl"):
+        writer.close()
 
 
 class Terminal(io.StringIO):
