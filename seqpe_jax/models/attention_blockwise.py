@@ -251,16 +251,19 @@ def _sum_like(gradient: jax.Array, field: jax.Array) -> jax.Array:
 
 
 def _key_blocks(inputs: AttentionInputs, i: jax.Array, block: int) -> tuple[Any, jax.Array]:
-    """Returns the range of key blocks, at least one, that query block i attends to: the first, and the one after the last."""
+    """Returns the range of key blocks that query block i attends to: the first, and the one after the last.
+
+    It holds one block at least, but for a window outside of the keys, which are then a part of all.
+    """
     count = jnp.asarray(inputs.key.shape[2] // block, jnp.int32)
     if inputs.causal_offset is None:
         return 0, count
     stop = (inputs.causal_offset.max() + (i + 1) * block - 1) // block + 1
-    stop = jnp.clip(stop, 1, count).astype(jnp.int32)
+    stop = jnp.clip(stop, 0 if inputs.window else 1, count).astype(jnp.int32)
     if not inputs.window:
         return 0, stop
     first_key = inputs.causal_offset.min() + i * block - inputs.window + 1
-    return jnp.clip(first_key // block, 0, stop - 1).astype(jnp.int32), stop
+    return jnp.clip(first_key // block, 0, stop).astype(jnp.int32), stop
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -294,6 +297,8 @@ def _forward(inputs: AttentionInputs, block: int, keys: int) -> tuple[jax.Array,
         rows = (batch, heads, block)
         start = jnp.full(rows, MASK_VALUE), jnp.zeros(rows), jnp.zeros((*rows, inputs.value.shape[-1]))
         m, normalizer, acc = jax.lax.fori_loop(*_key_blocks(inputs, i, block), key_block, start)
+        if inputs.window:
+            normalizer = jnp.where(normalizer > 0, normalizer, 1.0)
         return acc / normalizer[..., None], m + jnp.log(normalizer)
 
     out, lse = jax.lax.map(query_block, jnp.arange(length // block))

@@ -14,8 +14,10 @@ from seqpe_jax.distributed.sharding import MeshSharding, make_mesh
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.encodings.relative_bias import ALiBi
 from seqpe_jax.errors import InputError
-from seqpe_jax.models import attention_inputs
+from seqpe_jax.models import attention_blockwise, attention_inputs, attention_tpu
 from seqpe_jax.models.attention import attend
+from seqpe_jax.models.attention_inputs import AttentionInputs
+from seqpe_jax.models.attention_tpu import AUTO_BLOCKS
 from tests.jaxprs import has_array_of_size
 
 pytestmark = pytest.mark.usefixtures("small_kernel")
@@ -194,6 +196,18 @@ def test_what_shared_heads_of_keys_cannot_serve_is_refused(signal, options, word
         attend(GROUPED[0], *(random(2, BATCH, LENGTH, 3, WIDTH),) * 2, PositionSignal())
 
 
+@pytest.mark.slow
+def test_heads_of_keys_over_devices():
+    """Two heads of keys on four devices, of which each has one head of queries; tokens over two."""
+    with use_sharding(MeshSharding(make_mesh(1, 1, 2, 4))):
+        found = output_and_gradients("blockwise", of_groups(), qkv=GROUPED, **LIMITS, **DROPOUT)
+    close(found, expected_of_groups())
+    query, key = jnp.zeros((3, 1, 4, 6, 2)), jnp.zeros((3, 1, 4, 2, 2))
+    with use_sharding(MeshSharding(make_mesh(1, 1, 1, 3, jax.devices()[:3]))):
+        with pytest.raises(InputError, match="mesh.tensor=3 .* model.kv_heads=2 .* parts of several heads of keys"):
+            attend(query[0], key[0], key[0], PositionSignal())
+
+
 def test_terms_by_head_of_keys():
     """Terms of two heads are those of the keys, and each serves the two query heads that read one."""
     signal, twice = (
@@ -255,6 +269,37 @@ def test_a_long_window_needs_no_array_of_all_logits_by_default():
     sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in shapes]
     assert length * WIDTH < max(sizes) < length * length / 8
     assert compiled.memory_analysis().temp_size_in_bytes < length * length * 4 / 4
+
+
+def test_a_window_makes_attention_linear_in_length(monkeypatch):
+    """Tiles that are computed, forward and backward, and steps of the kernels' grids."""
+    counts, query_key = [], attention_blockwise._Tile.query_key
+
+    def counted(tile):
+        jax.debug.callback(lambda: counts.append(1))
+        return query_key(tile)
+
+    monkeypatch.setattr(attention_blockwise._Tile, "query_key", counted)
+    blocks = []
+    for length, window in ((32, 0), (32, 8), (64, 8)):
+        qkv = (random(1, 1, length, 1, WIDTH),) * 3
+        run = jax.jit(lambda *qkv, w=window: attend(*qkv, PositionSignal(), kind="blockwise", block=4, window=w).sum())
+        jax.block_until_ready(jax.grad(run)(*qkv))
+        jax.effects_barrier()
+        blocks.append(len(counts))
+        counts.clear()
+    assert blocks == [2 * 36, 2 * 21, 2 * 45]  # all before the query's, or the query's and two before it
+    inputs = jax.eval_shape(lambda qkv: AttentionInputs(*qkv, causal_offset=jnp.zeros(1, jnp.int32), window=8), qkv)
+    steps = set()
+
+    def grids(inputs):
+        kernel_inputs, config = attention_tpu._kernel_inputs(inputs, AUTO_BLOCKS, True, jnp.float32)
+        steps.update(attention_tpu._KernelCall(kernel_inputs, config, outer).grid[3:] for outer in (False, True))
+
+    jax.eval_shape(grids, inputs)
+    assert steps == {
+        (16, 4)
+    }  # 16 blocks of queries against the four of keys that a window of 8 may touch, and the reverse
 
 
 def test_sample_i_uses_set_i_mod_p():

@@ -44,22 +44,24 @@ def case(name: str) -> tuple[int, PositionSignal, dict]:
     position = tuple(random(side, 1, length, 1, 3) for side in (10, 11))
     if name.endswith("images"):
         return length, PositionSignal(position_query_key=position), {"causal": False}
-    if name == "text":  # as SeqPE, ALiBi, RoPE and forget gates do
+    if name in ("text", "window"):  # as SeqPE, ALiBi, RoPE and forget gates do
         signal = PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles)), position_query_key=position)
         gate = -jnp.cumsum(jnp.abs(random(12, BATCH, length, HEADS)), axis=1)
-        return length, signal, {"cum_log_gate_BLH": gate, "dropout_rate": 0.4, "dropout_key": KEY}
+        options = {"cum_log_gate_BLH": gate, "dropout_rate": 0.4, "dropout_key": KEY}
+        return length, signal, options | ({"window": 5, "cap": 1.5} if name == "window" else {})
     inputs = jnp.stack([jnp.arange(length), jnp.arange(length), jnp.ones(length)], axis=-1)[None].astype(jnp.float32)
     signal = PositionSignal(
         bias=random(13, HEADS, length, length),
         relative_bias=RelativeBias(inputs, inputs, LogBias()),
         bias_params={"slope": jnp.array([1.0, 2.0]), "scale": jnp.array([0.5, 1.5])},
     )
-    return length, signal, {}
+    return length, signal, {"window": 3}
 
 
 def output_and_gradients(name: str, **choice):
     length, signal, options = case(name)
-    weight, *qkv = (random(side, BATCH, length, HEADS, WIDTH) for side in range(4))
+    key_heads = 1 if options.get("window") else HEADS
+    weight, *qkv = (random(side, BATCH, length, HEADS if side < 2 else key_heads, WIDTH) for side in range(4))
     gate = options.get("cum_log_gate_BLH")
     settings = {key: value for key, value in options.items() if key != "cum_log_gate_BLH"} | choice
 
@@ -81,9 +83,9 @@ def expected(name: str):
 @pytest.mark.parametrize(
     "name, mode, kind",
     [
-        ("text", "gather", "blockwise"),
+        ("window", "gather", "blockwise"),
         ("text", "ring", "blockwise"),
-        ("text", "ring", "flash"),
+        ("window", "ring", "flash"),
         ("bias", "ring", "blockwise"),
         ("divisible images", "ring", "blockwise"),
         ("images", "gather", "reference"),

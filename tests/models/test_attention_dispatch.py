@@ -10,7 +10,7 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.models import attention_cudnn, attention_dispatch, attention_tpu
+from seqpe_jax.models import attention_blockwise, attention_cudnn, attention_dispatch, attention_tpu
 from seqpe_jax.models.attention_inputs import AttentionInputs, reference_attention
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.training.trainer import Trainer
@@ -25,15 +25,25 @@ KEY = jax.random.PRNGKey(0)
 
 
 def shapes(
-    length=1024, keys=None, *, width=64, position_query_key=0, causal=True, dtype=jnp.bfloat16, bias=False, drop=False
+    length=1024,
+    keys=None,
+    *,
+    width=64,
+    position_query_key=0,
+    causal=True,
+    dtype=jnp.bfloat16,
+    bias=False,
+    drop=False,
+    key_heads=3,
+    **options,
 ):
     """The shapes of operands of 2 samples and 3 heads."""
     keys = keys or length
     array = jax.ShapeDtypeStruct
     return AttentionInputs(
         array((2, length, 3, width), dtype),
-        array((2, keys, 3, width), dtype),
-        array((2, keys, 3, width), dtype),
+        array((2, keys, key_heads, width), dtype),
+        array((2, keys, key_heads, width), dtype),
         position_query_key=(
             array((1, length, 3, position_query_key), jnp.float32),
             array((1, keys, 3, position_query_key), jnp.float32),
@@ -43,6 +53,7 @@ def shapes(
         bias=array((1, 3, length, keys), jnp.float32) if bias else None,
         causal_offset=array((1,), jnp.int32) if causal else None,
         dropout_seed=array((), jnp.int32) if drop else None,
+        **options,
     )
 
 
@@ -76,10 +87,28 @@ def chosen(device, inputs, kind="auto", block=0, **fields):
         (H200, {"length": 1023}, "blocks 512"),
         (H200, {"length": 512, "keys": 1024}, "blocks 512"),
         (AMD, {}, "blocks 512"),
+        (CPU, {"length": 16384, "window": 512}, "blocks 128"),
+        (TPU, {"key_heads": 1, "window": 512, "cap": 50.0, "position_query_key": 64}, "tpu"),
+        (H200, {"key_heads": 1, "window": 512}, "cudnn"),
+        (H200, {"key_heads": 1, "position_query_key": 16}, "blocks 512"),
+        (H200, {"cap": 50.0}, "blocks 512"),
     ],
 )
 def test_dispatch(device, fields, expected):
     assert chosen(device, shapes(**fields)) == expected
+
+
+def test_a_window_of_512_is_a_fifth_of_full_attention():
+    """Logits that a CPU computes for 16,384 tokens."""
+
+    def computed(window):
+        inputs = shapes(16384, dtype=jnp.float32, window=window)
+        size = attention_dispatch.dispatch("auto", 0, inputs, device=CPU).block
+        inputs = inputs.replace(key=jnp.zeros((1, 1, 16384, 1)), causal_offset=jnp.zeros(1, jnp.int32))
+        first, stop = attention_blockwise._key_blocks(inputs, jnp.arange(16384 // size), size)
+        return int((stop - first).sum()) * size**2
+
+    assert computed(512) < computed(0) / 5
 
 
 def test_narrow_features_are_joined_where_products_are_exact():
@@ -93,6 +122,7 @@ def test_narrow_features_are_joined_where_products_are_exact():
         joins(CPU, **fields)
         and not joins(CPU, **fields | {"position_query_key": 17})
         and not joins(CPU, dtype=jnp.float32)
+        and not joins(CPU, **fields, key_heads=1)
     )
     assert not joins(H200, **fields) and not joins(CPU, position_query_key=16)
 
@@ -127,6 +157,8 @@ def test_dispatch_of_a_given_kind():
         (H200, {"drop": True}, "model.attention_dropout"),
         (H200, {"position_query_key": 64}, "448 wide, and cuDNN takes 256"),
         (H200, {"length": 7}, "even lengths"),
+        (H200, {"cap": 50.0}, "no soft cap .*model.attention_cap"),
+        (H200, {"key_heads": 1, "position_query_key": 8}, "position keys that differ by query heads"),
     ],
 )
 def test_unsupported_inputs_are_refused(device, fields, words):
@@ -160,22 +192,26 @@ def test_three_parts_are_a_float32():
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_cudnn_inputs_give_the_same_output(causal):
-    """The operands, mixed by XLA's form of the same function; odd widths, sets, one set of features for all heads."""
+    """The operands, mixed by XLA's form of the same function; odd widths, sets, features of all heads; a head of keys for all, a window."""
     batch, length, heads, width = 4, 10, 3, 8
-    query, key = (random(side, batch, length, heads, width).astype(jnp.bfloat16) for side in (1, 2))
-    value = random(3, batch, length, heads, 2 * width).astype(jnp.bfloat16)
+    key_heads = 1 if causal else heads
+    query, key = (
+        random(side, batch, length, count, width).astype(jnp.bfloat16) for side, count in ((1, heads), (2, key_heads))
+    )
+    value = random(3, batch, length, key_heads, 2 * width).astype(jnp.bfloat16)
     position_query_key = tuple(30 * random(side, 2, length, 1, 3) for side in (4, 5))  # logits of thousands
-    last, weight = jnp.zeros(1, jnp.int32) if causal else None, random(6, *value.shape)
+    limits = {"causal_offset": jnp.zeros(1, jnp.int32), "window": 4} if causal else {}
+    weight = random(6, batch, length, heads, 2 * width)
 
     def score(query, key, value, position_query_key, mix):
-        mixed = mix(AttentionInputs(query, key, value, position_query_key, causal_offset=last)).astype(jnp.float32)
+        mixed = mix(AttentionInputs(query, key, value, position_query_key, **limits)).astype(jnp.float32)
         return (mixed * weight).sum(), mixed
 
     assert attention_cudnn.padded_width(AttentionInputs(query, key, value, position_query_key)) == 32
-    assert all(
-        array.shape == (batch, length, heads, 32)
-        for array in attention_cudnn.append_position(AttentionInputs(query, key, value, position_query_key))
-    )
+    appended = attention_cudnn.append_position(AttentionInputs(query, key, value, position_query_key))
+    assert [array.shape for array in appended] == [
+        (batch, length, count, 32) for count in (heads, key_heads, key_heads)
+    ]
     run = functools.partial(jax.grad(score, argnums=(0, 1, 2, 3), has_aux=True), query, key, value, position_query_key)
     found, expected = run(functools.partial(attention_cudnn.flash, implementation="xla")), run(reference_attention)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -7,11 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings.position_signal import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal, RelativeBias
+from seqpe_jax.encodings.relative_bias import LogBias
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, position_logits
 from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import TransformerConfig
-from tests.models.test_attention import BACKENDS, BATCH, HEADS, LENGTH, NAMES, QKV, WIDTH, random, signals
+from tests.models.test_attention import (
+    BACKENDS,
+    BATCH,
+    GROUPED,
+    HEADS,
+    LENGTH,
+    LIMITS,
+    NAMES,
+    QKV,
+    WIDTH,
+    of_groups,
+    random,
+    signals,
+)
 from tests.tiny import draw_params
 
 pytestmark = pytest.mark.usefixtures("small_kernel")
@@ -20,10 +34,10 @@ PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens of the prompts, of LENGTH; th
 ALL_FIELDS = ("rotation", "multiplicative", "position_query_key", "bias")
 
 
-def junk_cache(gates: bool = False) -> KVCache:
+def junk_cache(gates: bool = False, rows: int = LENGTH, heads: int = HEADS, key_heads: int = HEADS) -> KVCache:
     """A cache full of values that must never be read."""
-    cum_log_gate = jnp.full((BATCH, LENGTH, HEADS), 1e4) if gates else None
-    keys = jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0)
+    cum_log_gate = jnp.full((BATCH, rows, heads), 1e4) if gates else None
+    keys = jnp.full((BATCH, rows, key_heads, WIDTH), 50.0)
     return KVCache(keys, jnp.full_like(keys, -1e4), cum_log_gate)
 
 
@@ -33,26 +47,34 @@ def signal_with(fields: tuple[str, ...]) -> PositionSignal:
     return PositionSignal(**{name: getattr(signals(1)[name], name) for name in fields})
 
 
-def check_prefill_and_decode(backend: str, signal: PositionSignal, gates: bool) -> None:
-    log_gate_BLH = -jnp.abs(random(40, BATCH, LENGTH, HEADS)) if gates else None
+def check_prefill_and_decode(backend: str, signal: PositionSignal, gates: bool, qkv=QKV, **options) -> KVCache:
+    (_, _, heads, _), key_heads, window = qkv[0].shape, qkv[1].shape[2], options.get("window", 0)
+    log_gate_BLH = -jnp.abs(random(40, BATCH, LENGTH, heads)) if gates else None
     cum_log_gate_BLH = None if log_gate_BLH is None else jnp.cumsum(log_gate_BLH, axis=1)
-    whole = np.asarray(attend(*QKV, signal, cum_log_gate_BLH, kind="reference"))
-    run = jax.jit(functools.partial(attend_cached, **BACKENDS[backend]))
-    length = max(PROMPTS_B) - 1
-    gate = (None, log_gate_BLH[:, :length]) if gates else ()
-    out, cache = run(*(part[:, :length] for part in QKV), signal, junk_cache(gates), jnp.arange(length)[None], *gate)
-    np.testing.assert_allclose(out, whole[:, :length], atol=2e-5)
+    whole = np.asarray(jax.jit(functools.partial(attend, kind="reference", **options))(*qkv, signal, cum_log_gate_BLH))
+    run = jax.jit(functools.partial(attend_cached, **BACKENDS[backend], **options))
+    cache, start = junk_cache(gates, window or LENGTH, heads, key_heads), 0
+    for stop in (3, 6) if window else (max(PROMPTS_B) - 1,):  # a prompt in two parts
+        part = slice(start, stop)
+        gate = None if log_gate_BLH is None else log_gate_BLH[:, part]
+        lengths_B = jnp.clip(PROMPTS_B - start, 0, stop - start) if window else None
+        tokens = [array[:, part] for array in qkv]
+        out, cache = run(*tokens, signal, cache, jnp.arange(start, stop)[None], None, gate, lengths_B)
+        read_B = PROMPTS_B >= (stop if window else 0)  # a part of a prompt says nothing of what is after it
+        np.testing.assert_allclose(out[read_B], whole[read_B, part], atol=2e-5)
+        start = stop
     # Each sample goes on after its own prompt: what was written past it is written again.
     for step in range(LENGTH - min(PROMPTS_B)):
         index_B1 = np.minimum(PROMPTS_B + step, LENGTH - 1)[:, None]
-        token = [np.take_along_axis(np.asarray(part), index_B1[..., None, None], axis=1) for part in QKV]
+        token = [np.take_along_axis(np.asarray(part), index_B1[..., None, None], axis=1) for part in qkv]
         gate = (None, jnp.take_along_axis(log_gate_BLH, index_B1[..., None], axis=1)) if gates else ()
         out, cache = run(*token, signal, cache, jnp.asarray(index_B1), *gate)
         np.testing.assert_allclose(out, np.take_along_axis(whole, index_B1[..., None, None], axis=1), atol=2e-5)
-    shared = position_logits(signal, jnp.asarray(index_B1), LENGTH)  # as layers share them
+    shared = position_logits(signal, jnp.asarray(index_B1), window or LENGTH, window)  # as layers share them
     gate_of_token = gate[1] if gates else None
     again, _ = run(*token, signal, cache, jnp.asarray(index_B1), shared, gate_of_token)
     np.testing.assert_allclose(again, out, atol=2e-5)
+    return cache
 
 
 @pytest.mark.parametrize(
@@ -68,6 +90,19 @@ def test_prefill_then_decode_equals_the_whole_window(backend, cases):
         check_prefill_and_decode(backend, signal_with(fields), gates=False)
     for fields in [(), cases[-1]]:
         check_prefill_and_decode(backend, signal_with(fields), gates=True)
+
+
+def test_the_cache_of_a_window_is_a_ring():
+    """Of 3 rows for 7 tokens, with two heads of keys for four of queries, and with every term by the tokens of its rows."""
+    signal = of_groups().replace(position_query_key=tuple(part[:1] for part in of_groups().position_query_key))
+    inputs = jnp.stack([jnp.arange(LENGTH), jnp.arange(LENGTH), jnp.ones(LENGTH)], axis=-1)[None].astype(jnp.float32)
+    signal = signal.replace(
+        bias=random(41, 4, LENGTH, LENGTH),
+        relative_bias=RelativeBias(inputs, inputs, LogBias()),
+        bias_params={"slope": jnp.arange(1.0, 5.0), "scale": jnp.full(4, 0.5)},
+    )
+    cache = check_prefill_and_decode("blockwise", signal, True, GROUPED, **LIMITS)
+    assert cache.key.nbytes == cache.value.nbytes == BATCH * 3 * 2 * WIDTH * 4
 
 
 def test_a_token_attends_to_no_cache_entry_after_it():
