@@ -19,7 +19,7 @@ from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError, encode_utf8
 from seqpe_jax.inference import export
 from seqpe_jax.inference import generate as generation
-from seqpe_jax.inference.compiled import CompiledModel
+from seqpe_jax.inference.compiled import CompiledModel, compiled_model
 from seqpe_jax.inference.decode import Generation, Sampling
 from seqpe_jax.inference.export import PLATFORMS
 from seqpe_jax.interop import hf_decoders, run_writer, torch_reference
@@ -72,7 +72,7 @@ class Model:
     @functools.cached_property
     def compiled(self) -> CompiledModel:
         """The model's functions, compiled at their first call."""
-        return CompiledModel(self.model_spec, self.mesh)
+        return compiled_model(self.model_spec, self.mesh)
 
     @functools.cached_property
     def task(self) -> Task:

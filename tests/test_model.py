@@ -52,6 +52,12 @@ def run(tmp_path_factory, text_file):
 
 
 @pytest.fixture(scope="module")
+def model(run):
+    """The run's model, for tests that change nothing of it."""
+    return seqpe_jax.load(run)
+
+
+@pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("runs") / "photos", vit_config())
 
@@ -147,21 +153,22 @@ def test_a_damaged_export_is_refused(run, tmp_path):
         (moved / name).write_bytes(held)
 
 
-def test_logits_of_a_window_with_another_start(run):
-    model = seqpe_jax.load(run)
+def test_logits_of_a_window_with_another_start(model):
     tokens = np.random.default_rng(0).integers(0, 256, (1, 10))
     moved = model.logits(tokens, start=100)
     assert float(np.abs(moved - model.logits(tokens)).max()) > 1e-4
-    shape = model.model_spec.position_grid.positions((10,))[None] + 100
-    expected = model.model_spec.network.apply(
-        {"params": model.params["model"]}, tokens, model.model_spec.signal(model.params, shape, (10,))
-    )
-    np.testing.assert_allclose(moved, expected, atol=1e-5)
+    model_spec, positions = model.model_spec, model.model_spec.position_grid.positions((10,))[None] + 100
+
+    @jax.jit
+    def expected(params):
+        signal = model_spec.signal(params, positions, (10,))
+        return model_spec.network.apply({"params": params["model"]}, tokens, signal)
+
+    np.testing.assert_allclose(moved, expected(model.params), atol=1e-5)
 
 
-def test_evaluation_is_the_loss_of_its_logits(run):
+def test_evaluation_is_the_loss_of_its_logits(model):
     """At each length, the last window too, and of the same targets under each context."""
-    model = seqpe_jax.load(run)
     found = model.evaluate(lengths=(16, 48), contexts=(16, 48), tokens=250, targets=64)
     assert [result.get("length") for result in found] == [16, 48, None, None]
     assert [result.get("context") for result in found] == [None, None, 16, 48]
@@ -250,9 +257,9 @@ def test_the_data_spec_is_that_of_the_model_not_of_its_data(tmp_path):
         (lambda model: model.evaluate(lengths=(4000,)), "position 3999"),
     ],
 )
-def test_bad_requests_to_a_language_model_are_refused(run, ask, words):
+def test_bad_requests_to_a_language_model_are_refused(model, ask, words):
     with pytest.raises(InputError, match=words) as caught:
-        ask(seqpe_jax.load(run))
+        ask(model)
     assert "\n" not in str(caught.value)
 
 

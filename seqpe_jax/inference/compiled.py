@@ -272,6 +272,12 @@ class CompiledModel:
         return jax.jit(with_mesh(self.mesh, gates), static_argnums=4, out_shardings=sharding.replicated(self.mesh))
 
 
+@functools.lru_cache(maxsize=16)
+def compiled_model(model_spec: ModelSpec, mesh: jax.sharding.Mesh) -> CompiledModel:
+    """Returns the functions of a model, the same for every run of equal sizes: only the first one's calls compile."""
+    return CompiledModel(model_spec, mesh)
+
+
 def cosine_similarity(vectors_RE: jax.Array, rows: np.ndarray) -> jax.Array:
     """Returns the cosines float32[len(rows), R] of some rows with all rows."""
     unit_RE = vectors_RE / jnp.linalg.norm(vectors_RE, axis=-1, keepdims=True)

@@ -1,6 +1,7 @@
 """Training loss: task loss + weighted contrastive and distillation losses, a pure function of (params, batch, key, step)."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -174,13 +175,11 @@ class TrainLoss:
         network = self.model_spec.network
         network = network.clone(config=dataclasses.replace(network.config, attention_kind="reference"))
         plain = dataclasses.replace(self, model_spec=dataclasses.replace(self.model_spec, network=network))
-        microbatch = {
-            name: jax.ShapeDtypeStruct((batch_size // accumulate, *leaf.shape), leaf.dtype)
+        microbatch = tuple(
+            (name, jax.ShapeDtypeStruct((batch_size // accumulate, *leaf.shape), leaf.dtype))
             for name, leaf in example.items()
-        }
-        key, step = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
-        forward = param_matmul_flops(plain.loss, self.model_spec.shapes, microbatch, key, step)
-        return (1 + BACKWARD_FLOPS) * accumulate * forward
+        )
+        return (1 + BACKWARD_FLOPS) * accumulate * _forward_flops(plain, microbatch)
 
     def _dropout_key(self, step_key: jax.Array, name: str) -> jax.Array:
         return dropout_key(stream(step_key, name), self.random_bits)
@@ -291,6 +290,13 @@ class TrainLoss:
     def _query_key(self, params: Params, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns position queries and keys [(layers,) ..., heads or 1, F] of vectors [..., E]."""
         return self.model_spec.encoding.apply({"params": params}, vectors, method="query_key")
+
+
+@functools.lru_cache(maxsize=64)  # all evaluations of a model report them, and a trace takes a second
+def _forward_flops(train_loss: TrainLoss, microbatch: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> float:
+    """Returns the FLOPs of the loss of a batch, given as the items of a dict."""
+    key, step = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
+    return param_matmul_flops(train_loss.loss, train_loss.model_spec.shapes, dict(microbatch), key, step)
 
 
 def term_weight(settings: Any, step: jax.Array) -> jax.Array | float:

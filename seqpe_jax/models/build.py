@@ -152,10 +152,10 @@ class ModelSpec:
         signal, variables = encoding.init_with_output(stream(key, "encoding"), positions_PLA, shape=self.shape)
         return variables, signal
 
-    @functools.cached_property
+    @property
     def shapes(self) -> Params:
         """Shapes and dtypes of the parameters."""
-        return jax.eval_shape(self.init, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        return _shapes(self)
 
     def encode(self, params: Params, *arguments: Any, **options: Any) -> Any:
         """Applies the encoding, or a method of it; sharded parameters are gathered."""
@@ -188,6 +188,11 @@ class ModelSpec:
             else self.encoding
         )
         return dataclasses.replace(self, encoding=encoding, max_grid=max_grid)
+
+
+@functools.lru_cache(maxsize=64)  # traced once for all runs and checkpoints of a model
+def _shapes(model_spec: ModelSpec) -> Params:
+    return jax.eval_shape(model_spec.init, jax.ShapeDtypeStruct((2,), jnp.uint32))
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:

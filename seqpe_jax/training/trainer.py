@@ -13,7 +13,7 @@ from seqpe_jax import axes
 from seqpe_jax.config import Config
 from seqpe_jax.distributed import compiler_options, processes
 from seqpe_jax.distributed import sharding as layout
-from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress, with_mesh
+from seqpe_jax.inference.compiled import CompiledModel, Progress, compiled_model, no_progress, with_mesh
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.attention_context import make_plan
 from seqpe_jax.models.attention_inputs import AttentionInputs
@@ -102,7 +102,7 @@ class Trainer:
     @functools.cached_property
     def compiled(self) -> CompiledModel:
         """The model compiled for evaluation on the mesh."""
-        return CompiledModel(self.model_spec, self.mesh)
+        return compiled_model(self.model_spec, self.mesh)
 
     @property
     def flops_per_step(self) -> dict[str, float]:
