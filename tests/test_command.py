@@ -114,6 +114,24 @@ def test_a_command_ends_in_one_line_with_closed_full_and_ascii_streams(line, out
     assert (result.returncode, result.stdout, result.stderr) == output
 
 
+IMPORT_AND_SIGNAL = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "seqpe_jax.cli.train":
+            os.kill(os.getpid(), signal.{name})
+sys.meta_path.insert(0, Finder())
+runpy.run_module("seqpe_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_during_imports_ends_training_with_the_code_that_restarts_it(name):
+    script = IMPORT_AND_SIGNAL.replace("{name}", name)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (75, 1) and result.stderr.startswith(f"{name}: there is")
+
+
 FAULTY = {
     "def get_config(:\n": "line 1 cannot be read: SyntaxError",
     "import json\n1 / 0\n": "line 2 cannot be read: ZeroDivisionError: division by zero",

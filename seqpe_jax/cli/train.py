@@ -39,7 +39,6 @@ def main() -> None:
 
     processes.configure_gpu_memory()
     settings, workdir = common.start_processes(_settings), _WORKDIR.value
-    processes.exit_on_signal()
     processes.enable_compilation_cache(workdir)
     train_and_evaluate(settings, workdir, extend=_EXTEND.value, change=tuple(_CHANGE.value))
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import signal
 import socket
 import sys
 import time
@@ -18,9 +17,10 @@ import jax
 from jax._src import clusters  # JAX's own detection; `initialize` offers it only together with its own wait
 from jax.experimental import multihost_utils
 
+from seqpe_jax import start_signals
 from seqpe_jax.distributed import roll_call
 from seqpe_jax.distributed.hardware import expected_platform
-from seqpe_jax.errors import EXIT_PREEMPTED, Failure, InputError
+from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.files import COMPILED_DIR, as_path, cache_root, is_remote
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -99,6 +99,7 @@ def initialize(
         roll_call.listen(host, port).close()  # JAX would not report that it is taken
         _roll_call = roll_call.Coordinator((host, port - 1), num_processes)
         _roll_call.gather(facts, seconds)
+    start_signals.release()  # JAX handles SIGTERM from here on
     jax.config.update("jax_enable_preemption_service", True)
     jax.distributed.initialize(
         coordinator,
@@ -259,23 +260,6 @@ def check_equal(facts: Mapping[str, str]) -> None:
     """
     if _roll_call is not None:
         _roll_call.barrier(facts=dict(facts))
-
-
-def exit_on_signal() -> None:
-    """Exits immediately on SIGTERM and SIGHUP, as long as there is nothing to save.
-
-    Among several processes JAX handles SIGTERM itself. A process under `nohup` continues to ignore SIGHUP.
-    """
-
-    def handler(number: int, _: Any) -> None:
-        name = signal.Signals(number).name
-        abort(
-            EXIT_PREEMPTED, f"{name}: there is nothing to save now; the same command resumes from the last checkpoint"
-        )
-
-    for number in (signal.SIGTERM, signal.SIGHUP) if not is_multiprocess() else ():
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, handler)
 
 
 _sync_points = 0
