@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.config import EncodingConfig, ModelDims, RotaryAxialConfig
@@ -87,8 +88,12 @@ class Composed(nn.Module):
         return self._joined(own, positions_PLA, shape)
 
     def query_key(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the query and key parts of vectors [..., E], as the first part does."""
-        return self.parts[0].query_key(vectors)
+        """Returns the query and key parts of vectors [..., E], as the first part does; by layer, of those that get it."""
+        query, key = self.parts[0].query_key(vectors)
+        if self.parts[0].config.qk == "multi" and not all(self.part_layers[0]):
+            own = np.flatnonzero(self.part_layers[0])
+            query, key = query[own], key[own]
+        return query, key
 
     def with_precomputed_table(self, sides: tuple[int, ...], stride: int) -> "Composed":
         """Returns this encoding with a table of vectors in place of the encoder of the first part."""

@@ -129,23 +129,16 @@ class PositionSignal:
         return shared.joined(jax.tree.map(lambda field: field[layer], own))
 
     def at_layers(self, first: int, period: int) -> "PositionSignal":
-        """Returns the signal of the layers first, first + period, ..., which all have the same fields.
-
-        Args:
-          first: index of a layer, below `period`.
-          period: a multiple of `layer_period`.
-        """
+        """Returns the signal of the layers first, first + period, ..., which lack the same fields."""
         here = self._with_fields_of(first)
+        if period == 1:
+            return here
         own = {name: getattr(here, name) for name in here.per_layer_fields}
         return here.replace(**jax.tree.map(lambda field: field[first::period], own))
 
-    def layer_period(self, layers: int) -> int:
-        """Returns the smallest divisor p of a number of layers such that layers n and n + p have the same fields."""
-
-        def repeats(period: int) -> bool:
-            return layers % period == 0 and all(flags[period:] == flags[:-period] for _, flags in self.field_layers)
-
-        return next(period for period in range(1, layers + 1) if period == layers or repeats(period))
+    def absent(self, layer: int) -> frozenset[str]:
+        """Returns the names of the fields that a layer lacks and others have."""
+        return frozenset(name for name, flags in self.field_layers if not flags[layer])
 
     def for_layers(self, flags: tuple[bool, ...]) -> "PositionSignal":
         """Returns the signal for some layers of a model; the others see no position.
@@ -165,7 +158,7 @@ class PositionSignal:
 
     def _with_fields_of(self, layer: int) -> "PositionSignal":
         """The signal without the fields that a layer lacks."""
-        absent = {name for name, flags in self.field_layers if not flags[layer]}
+        absent = self.absent(layer)
         rest = tuple(name for name in self.per_layer_fields if name not in absent)
         return self.replace(per_layer_fields=rest, field_layers=(), **dict.fromkeys(absent))
 

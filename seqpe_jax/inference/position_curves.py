@@ -17,6 +17,7 @@ from seqpe_jax.models.attention import position_logits
 from seqpe_jax.models.attention_inputs import apply_relative_bias
 from seqpe_jax.models.transformer import GATES, unstack_layers
 
+WITHOUT = {"logit": 0.0, "kernel": 1.0, "factor": 1.0}  # parts of the logits of a layer that gets no position
 MAX_DISTANCES = 256  # of a window, evenly spaced on a logarithmic axis
 
 
@@ -59,7 +60,9 @@ def position_terms(
       marks keys to which a head does not attend. {} for encodings that are added to tokens.
     """
     terms = [_layer_terms(signal.at_layer(layer), query, keys_S, heads) for layer in range(layers)]
-    return {name: jnp.stack([term[name] for term in terms]) for name in terms[0]}
+    names = dict.fromkeys(name for term in terms for name in term)
+    without = {name: jnp.full((heads, len(keys_S)), WITHOUT[name]) for name in names}
+    return {name: jnp.stack([term.get(name, without[name]) for term in terms]) for name in names}
 
 
 def _layer_terms(signal: PositionSignal, query: int, keys_S: jax.Array, heads: int) -> dict[str, jax.Array]:

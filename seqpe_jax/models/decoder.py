@@ -87,9 +87,10 @@ class Decoder(Network):
         caches, shared = [], {}
         for layer in range(self.config.layers):
             of_layer, window = signal.at_layer(layer), self.config.window_of(layer)
-            if is_shared and window not in shared:
-                shared[window] = position_logits(of_layer, token_index_PL, cache[layer].key.shape[1], window)
-            arguments = (of_layer, cache[layer], token_index_PL, shared.get(window), lengths_B)
+            kind = window, signal.absent(layer)
+            if is_shared and kind not in shared:
+                shared[kind] = position_logits(of_layer, token_index_PL, cache[layer].key.shape[1], window)
+            arguments = (of_layer, cache[layer], token_index_PL, shared.get(kind), lengths_B)
             x_BLD, layer_cache = run_block(self.blocks, layer, "forward_cached", x_BLD, *arguments)
             caches.append(layer_cache)
         return self.final_norm(x_BLD), tuple(caches)
@@ -107,7 +108,8 @@ class Decoder(Network):
         def of_layer(layer: int) -> KVCache:
             rows = min(length, config.window_of(layer) or length)
             value = jnp.zeros((batch, rows, config.kv_heads, config.head_width), config.dtype)
-            key = value if signal.polar_phase is None else jnp.concatenate([value, value], axis=-1)
+            is_polar = signal.polar_phase is not None and "polar_phase" not in signal.absent(layer)
+            key = jnp.concatenate([value, value], axis=-1) if is_polar else value
             return KVCache(key, value, jnp.zeros((batch, rows, config.heads)) if config.gate else None)
 
         return tuple(map(of_layer, range(config.layers)))

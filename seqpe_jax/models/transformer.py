@@ -409,6 +409,10 @@ class Block(nn.Module):
     def _with_parabolas(self, x_BLD: jax.Array, signal: PositionSignal) -> PositionSignal:
         """The signal of this layer with its `parabola`, if it has one, as position queries and keys of each sample."""
         if signal.parabola is None:
+            if self.config.parabolas and self.is_initializing():
+                self.parabola_shape(
+                    self._normed(x_BLD, 1)
+                )  # all layers have the parameters, so that they can be stacked
             return signal
         shape_BLSHM = self.parabola_shape(self._normed(x_BLD, 1)).astype(jnp.float32)
         pair = parabola_query_key(shape_BLSHM, *signal.parabola, self.config.head_width)
@@ -515,30 +519,33 @@ class ScannedBlocks(nn.Module):
         training = self.has_rng("dropout") and not deterministic
         keys = jax.random.split(self.make_rng("dropout"), layers) if training else None
         rates = jnp.array(self.drop_path) if training and any(self.drop_path) else None
-        shared, per_layer = signal.split_by_layer()
+        period = layer_period(self.config, signal)
+        signals = [signal.at_layers(number, period).split_by_layer() for number in range(period)]
 
         def apply_block(number: int, x_BLD: jax.Array, layer: tuple) -> jax.Array:
-            params, key, rate, own = layer
+            (params, key, rate), own = layer
             rngs = {} if key is None else {"dropout": key}
-            of_layer, block = shared.joined(own), self._block(number)
+            of_layer, block = signals[number][0].joined(own), self._block(number)
             return block.apply({"params": params}, x_BLD, of_layer, deterministic, drop_path=rate, rngs=rngs)
 
-        period = layer_period(self.config)
         blocks = [functools.partial(apply_block, number) for number in range(period)]
         if remat != "none":
             blocks = [jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False) for block in blocks]
 
-        layers_of = (params, keys, rates, per_layer)
+        layers_of, signals_of = (params, keys, rates), [own for _, own in signals]
         if period == 1:
+            layers_of = layers_of, signals_of[0]
             return jax.lax.scan(lambda x_BLD, layer: (blocks[0](x_BLD, layer), None), x_BLD, layers_of)[0]
 
         def apply_period(x_BLD: jax.Array, period_layers: tuple) -> tuple[jax.Array, None]:
+            stacked, owns = period_layers
             for number, block in enumerate(blocks):
-                x_BLD = block(x_BLD, jax.tree.map(lambda leaf, number=number: leaf[number], period_layers))
+                layer = jax.tree.map(lambda leaf, number=number: leaf[number], stacked)
+                x_BLD = block(x_BLD, (layer, owns[number]))
             return x_BLD, None
 
         by_period = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers_of)
-        return jax.lax.scan(apply_period, x_BLD, by_period)[0]
+        return jax.lax.scan(apply_period, x_BLD, (by_period, signals_of))[0]
 
     def apply_one(self, layer: int, method: str, *arguments: Any) -> Any:
         """Returns the result of a method of one block, without dropout."""
@@ -549,9 +556,9 @@ class ScannedBlocks(nn.Module):
         return Block(self.config, window=self.config.window_of(layer), parent=None)
 
 
-def layer_period(config: TransformerConfig) -> int:
-    """Returns the least number of layers after which their kinds repeat; divides the number of layers."""
-    kinds = [config.window_of(layer) for layer in range(config.layers)]
+def layer_period(config: TransformerConfig, signal: PositionSignal) -> int:
+    """Returns the least number of layers after which their windows and the fields of their signal repeat; divides `layers`."""
+    kinds = [(config.window_of(layer), signal.absent(layer)) for layer in range(config.layers)]
     periods = (number for number in range(1, config.layers + 1) if config.layers % number == 0)
     return next(number for number in periods if kinds == kinds[:number] * (config.layers // number))
 

@@ -275,7 +275,12 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
     query, key_or_value = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(kv_shape, dtype)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    signal = jax.eval_shape(lambda key: model_spec.init_encoding(key)[1].at_layer(0), key)
+
+    def signal_of_layer(key: jax.Array) -> Any:
+        signal = model_spec.init_encoding(key)[1]
+        return signal.at_layer(min(range(network.layers), key=lambda layer: len(signal.absent(layer))))
+
+    signal = jax.eval_shape(signal_of_layer, key)
     position_query_key = signal.position_query_key
     if signal.parabola is not None:  # as `models.transformer.parabola_query_key` makes them of each sample
         features = jax.ShapeDtypeStruct((*shape[:-1], 2 * signal.parabola[0].shape[-1] + 1), jnp.float32)

@@ -31,7 +31,6 @@ def test_each_part_reaches_its_layers_alone():
     """Layer by layer as the encoding of all layers has it, for those that get it; in periods as `scan` takes them."""
     own = {"rotary_pairs": 3, "log_scaling": True}
     every, some = signal_of("kerple", **own), signal_of("kerple", layers_with=(1, 0), rotary_layers=(0, 0, 1, 1), **own)
-    assert every.layer_period(LAYERS) == 1 and some.layer_period(LAYERS) == 4
     for layer in range(LAYERS):
         expected, found = every.at_layer(layer), some.at_layer(layer)
         fields = {"multiplicative", "relative_bias", "bias_params"} if layer % 2 == 0 else {"multiplicative"}
@@ -47,7 +46,7 @@ def test_each_part_reaches_its_layers_alone():
 
 def test_layers_of_a_period_are_scanned_together():
     some = signal_of("kerple", layers_with=(0, 1))
-    assert some.layer_period(LAYERS) == 2 and some.layer_period(2) == 2
+    assert not some.absent(1) and some.absent(0) == some.absent(2) == {"relative_bias", "bias_params"}
     assert present(some.at_layers(0, 2)) == set()
     of_two, every = some.at_layers(1, 2), signal_of("kerple")
     assert of_two.per_layer_fields == ("bias_params",)
