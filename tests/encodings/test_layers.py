@@ -1,5 +1,7 @@
 """Encodings that some layers get: the signal of each layer, and refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from seqpe_jax.config import ENCODINGS, ModelDims
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.errors import InputError
-from tests.tiny import tiny_config
+from seqpe_jax.models.decoder import Decoder
+from seqpe_jax.models.transformer import TransformerConfig, stack_layers
+from tests.tiny import draw_params, tiny_config
 
 LAYERS, HEADS, LENGTH = 4, 2, 5
 POSITIONS_PLA = jnp.arange(LENGTH)[None, :, None]
@@ -51,6 +55,19 @@ def test_layers_of_a_period_are_scanned_together():
     of_two, every = some.at_layers(1, 2), signal_of("kerple")
     assert of_two.per_layer_fields == ("bias_params",)
     np.testing.assert_array_equal(of_two.bias_params["slope"], every.bias_params["slope"][1::2])
+
+
+def test_scanned_layers_see_what_they_see_one_by_one():
+    """Distances in every other layer, rotations in the rest: the layers of a period are scanned together."""
+    signal = signal_of("kerple", layers_with=(1, 0), rotary_layers=(0, 1), rotary_pairs=3)
+    tokens_BL = jax.random.randint(jax.random.PRNGKey(1), (2, LENGTH), 0, 11)
+    config = TransformerConfig(layers=LAYERS, width=24, heads=HEADS, init_std=0.5, gate="forget")
+    plain, scanned = Decoder(config, 11), Decoder(dataclasses.replace(config, scan=True, remat="full"), 11)
+    params = draw_params(jax.eval_shape(plain.init, jax.random.PRNGKey(0), tokens_BL, signal), 0.5)["params"]
+    found = jax.jit(plain.apply)({"params": params}, tokens_BL, signal)
+    stacked = stack_layers(params, LAYERS)
+    assert jax.eval_shape(scanned.init, jax.random.PRNGKey(0), tokens_BL, signal)["params"].keys() == stacked.keys()
+    np.testing.assert_allclose(jax.jit(scanned.apply)({"params": stacked}, tokens_BL, signal), found, atol=2e-5)
 
 
 INPUT_ADD = {"encoding__mode": "input_add", "encoding__qk": "none"}

@@ -76,7 +76,10 @@ CASES = [
     ("seqpe", {"encoding__mode": "attn_mul", "encoding__qk": "multi", "encoding__per_head": False}),
     ("seqpe", COMPOSED | every_part("seqpe", "cable")),
     ("seqpe", COMPOSED | INTERPOLATED),
-    *((kind, every_part(kind)) for kind in ("learned", "rotary_mixed", "alibi", "fire", "scale_invariant", "pope")),
+    *((kind, every_part(kind)) for kind in ("learned", "rotary_mixed", "fire", "scale_invariant")),
+    *(
+        (kind, every_part(kind) | {"encoding__layers_with": (0, 1)}) for kind in ("alibi", "pope")
+    ),  # and one layer without
     ("fox", {}),
 ]
 

@@ -44,6 +44,9 @@ def test_alibi_falls_by_its_slopes_and_a_rotation_by_its_cosines():
     polar = terms_of(signal_of("pope"), (24,))["kernel"]
     assert np.abs(polar).max() <= 1 + 1e-6 and not np.allclose(polar[0], polar[1])
     assert terms_of(signal_of("sinusoidal"), (24,)) == {}
+    some = terms_of(signal_of("alibi").for_layers((False, True, True)[:LAYERS]), (24,))
+    assert (some["logit"][0] == 0).all()
+    np.testing.assert_allclose(some["logit"][1:], expected[1:], atol=1e-5)
 
 
 @pytest.mark.parametrize(
