@@ -1,10 +1,6 @@
-"""Draws the plots of docs/ from the stored results of the studies, docs/results/STUDY.csv, as a report draws them.
+"""The plots of docs/ from the stored results of the studies, as a report draws them; `results.py` is the command.
 
-    python benchmarks/results_plots.py             draws them all
-    python benchmarks/results_plots.py --check     says which plot is of other results, and draws nothing
-
-A plot holds the digest of its results and of the rows that it shows. results_tables.py writes the tables,
-from the same files; the plot of growth by growth.py.
+A plot holds the digest of its results and of the rows that it shows. The plot of growth is drawn by growth.py.
 """
 
 import dataclasses
@@ -17,18 +13,20 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from stored_studies import STORED, study_of
+from stored_studies import STORED, is_stored, study_of
 
 from seqpe_jax.reporting import plot_style, plots
 from seqpe_jax.reporting.study import Study
 
 STUDIES = {
+    "study_text_fair": plots.extrapolation,
     "study_text": plots.extrapolation,
     "questions": plots.extrapolation_answers,
     "study_images": plots.extrapolation_sizes,
 }
 # Rows of a study that has more of them than curves are distinguishable.
 ROWS = {
+    "study_text_fair": ("seqpe", "fox", "cable", "alibi", "rotary", "scale_invariant"),
     "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
     "study_images": ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "learned", "fire", "rotary"),
 }
@@ -41,10 +39,12 @@ def shown(name: str) -> Study:
     return dataclasses.replace(study, runs=[run for run in study.runs if run.row in ROWS.get(name, (run.row,))])
 
 
-def main(check: bool) -> int:
-    """Draws and writes the plots, or says which are stale; returns the exit code."""
+def update(check: bool) -> int:
+    """Draws and writes the plots that are stale, or says which are; returns the exit code."""
     stale = 0
     for name, draw in STUDIES.items():
+        if not is_stored(name):
+            continue
         path = STORED / f"{name}.png"
         of = (STORED / f"{name}.csv").read_bytes() + repr(ROWS.get(name)).encode()
         digest = hashlib.sha256(of).hexdigest()
@@ -52,7 +52,7 @@ def main(check: bool) -> int:
             continue
         stale += 1
         if check:
-            print(f"docs/results/{name}.png is not of {name}.csv: run benchmarks/results_plots.py", file=sys.stderr)
+            print(f"docs/results/{name}.png is not of {name}.csv: run benchmarks/results.py", file=sys.stderr)
             continue
         with matplotlib.rc_context(plot_style.RC_PARAMS):
             plot = draw(shown(name))
@@ -60,10 +60,3 @@ def main(check: bool) -> int:
         plots.close(plot)
         print(f"written: docs/results/{name}.png")
     return int(check and stale > 0)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["--check"]):
-        print(f"error: {' '.join(sys.argv[1:])}: give nothing, or --check", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(main("--check" in sys.argv))

@@ -1,17 +1,17 @@
-"""Writes the tables of README.md and docs/ from the stored results of the studies, docs/results/STUDY.csv.
+"""The tables and sentences of README.md and docs/ from the stored results of the studies; `results.py` is the command.
 
-    python benchmarks/results_tables.py            rewrites every table between its two marks
-    python benchmarks/results_tables.py --check    says which page differs, and changes nothing
-    python benchmarks/results_tables.py --curve SWEEP METRIC STUDY     stores what runs measured while training
-    python benchmarks/results_tables.py --work STUDY ...               stores parameters and FLOPs of studies' rows
+Each stands between its mark and `<!-- end of KIND -->`. STUDIES are names of studies, comma-separated: the first that has
+results is taken.
 
-A table of results stands between `<!-- results: STUDY METRIC [rows] -->` and `<!-- end of results -->`: a line for each
-row, or for those named (comma-separated, in that order), a column for each evaluated length or size, with means, intervals
-and tests over all rows of the study as a report has them (`seqpe_jax.reporting`), then parameters and FLOPs.
-
-A table of significance tests stands between `<!-- significance: STUDY METRIC [labels]; ... -->` and `<!-- end of
-significance -->` (or `verdicts`): for each length or size, or for those named, the row with the best mean, those that are
-significantly worse, those that tie with it, in the order of their means, and those that are not tested.
+- `<!-- results: STUDIES METRIC [rows] -->`: a line for each row, or for those named (comma-separated, in that order), a
+  column for each evaluated length or size, with means, intervals and tests over all rows of the study as a report has them
+  (`seqpe_jax.reporting`), then parameters and FLOPs.
+- `<!-- contexts: STUDIES -->`: the same tokens under several contexts.
+- `<!-- parts: STUDIES -->`: the parts, learning rates and constants that trials chose.
+- `<!-- significance: STUDIES METRIC [labels]; ... -->`: for each length or size, or for those named, the row with the best mean,
+  those that are significantly worse, those that tie with it, in the order of their means, and those that are not tested.
+- `<!-- headline: STUDIES METRIC ROW -->`: the plot of the study, the outcome for a row against the strongest other encoding,
+  and how far a study has come that is not finished.
 """
 
 import json
@@ -21,16 +21,25 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from stored_studies import ROOT, STORED, WORK, metric_of, study_of, title
+from results_plots import ROWS
+from stored_studies import ROOT, STORED, WORK, first_stored, is_stored, metric_of, planned_studies, study_of, title
 
 from seqpe_jax.reporting import tables
-from seqpe_jax.reporting.significance import Comparison, significance_tests, worse_cells
+from seqpe_jax.reporting.significance import (
+    Comparison,
+    outcome_sentence,
+    outcomes,
+    significance_tests,
+    worse_cells,
+)
+from seqpe_jax.reporting.study import Study, last_measured
+from seqpe_jax.reporting.tuning_table import tuning_tables
 
-RESULTS = re.compile(r"(<!-- results: (\S+) (\S+)(?: (\S+))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
-TESTS = re.compile(
-    r"(<!-- (?:significance|verdicts): ([^>]+) -->\n).*?(<!-- end of (?:significance|verdicts) -->)", re.DOTALL
+MARK = re.compile(
+    r"(<!-- (results|contexts|parts|significance|headline): ([^>]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL
 )
 TASKS = {
+    "study_text_fair": "text",
     "study_text": "text",
     "encoder_width": "text",
     "questions": "questions",
@@ -38,6 +47,11 @@ TASKS = {
     "moving_digits": "video",
 }
 MAX_TIES = 4  # rows that tie of which a table of several studies gives the names; then it gives their number
+# What a headline adds about studies from before the same parts were offered to all.
+OLDER = (
+    "This is from before the fair study: only SeqPE was combined with further parts, such as rotary pairs, so the plot does "
+    "not show that it is the best."
+)
 # Sweeps that are not called as their studies, for the configs of runs that no docs/results/STUDY.json has.
 SWEEPS = {"ablation_digits": "ablation"}
 
@@ -47,8 +61,11 @@ def pages() -> list[pathlib.Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def table(name: str, key: str, rows: str = "") -> str:
+def table(names: str, key: str, rows: str = "") -> str:
     """Returns the markdown table of a metric of a stored study; rows: names, comma-separated, "" = all as they come."""
+    name = first_stored(names)
+    if not is_stored(name):
+        return "No row has been evaluated yet.\n"
     study = study_of(name)
     data, metric = metric_of(study, key)
     by_step = name.endswith("_by_step")
@@ -56,8 +73,94 @@ def table(name: str, key: str, rows: str = "") -> str:
     whole = tables.by_size(study, data, metric, marked, work=not by_step)
     _, extents = tables.values_of(study, data, metric)
     header = ["run", *(title(study, label) for label in extents), *whole.header[1 + len(extents) :]]
-    lines = {row[0].text: row for row in whole.rows}
-    return tables.markdown(tables.Table("", header, [lines[row] for row in rows.split(",")] if rows else whole.rows))
+    lines = {row[0].text: row for row in whole.rows if not all(cell.missing for cell in row[1:])}
+    wanted = [lines[row] for row in rows.split(",")] if rows else lines.values()
+    return tables.markdown(tables.Table("", header, list(wanted)))
+
+
+def contexts_table(names: str) -> str:
+    """Returns the markdown table of the same tokens under several contexts."""
+    found = tables.by_context(study_of(first_stored(names))) if is_stored(first_stored(names)) else None
+    if found is None:
+        return "No row has been evaluated yet.\n"
+    lines = [row for row in found.rows if not all(cell.missing for cell in row[1:])]
+    return tables.markdown(tables.Table("", found.header, lines)) + f"\n{tables.escape(found.note)}\n"
+
+
+def parts_table(name: str) -> str:
+    """Returns the markdown table of the parts that trials chose, its note, and how far the study has come."""
+    study = study_of(name)
+    found = tuning_tables(study)[-1]
+    return f"{tables.markdown(found)}\n{tables.escape(found.note)}\n\n{_progress(study)}"
+
+
+def headline(page: pathlib.Path, names: str, key: str, row: str) -> str:
+    """Returns the plot of a study, the outcome for a row, and how far a study has come that is not finished.
+
+    Args:
+      page: page on which it stands.
+      names: studies, comma-separated; the first that has a outcome is taken.
+      key: metric.
+      row: row of the study.
+    """
+    for name in filter(is_stored, names.split(",")):
+        study = study_of(name)
+        kind, metric = metric_of(study, key)
+        if found := outcomes(study, kind, metric, row):
+            break
+    else:
+        raise ValueError(f"{names}: no study compares {row} with another encoding")
+    shown = [f"{own[0].text}, {own[1].text} to {own[len(found)].text}" for own in _shown(name, study, kind, metric)]
+    plot = f"{'docs/' * (page.name == 'README.md')}results/{name}.png"
+    alt = f"{metric.title} at {found[0].label} to {found[-1].label}, {metric.direction}: {'; '.join(shown)}"
+    seeds = sorted({sum(run.evaluated for run in study.runs_of(one)) for one in study.rows} - {0})
+    task = TASKS[name].capitalize()
+    words = f"**{task}: {outcome_sentence(found, metric)}** {metric.title}, {metric.direction}; "
+    words += (
+        f"means of {' or '.join(map(str, seeds))} seeds, with Holm's correction; a tie means that the seeds do not "
+    )
+    words += "separate two encodings."
+    unfinished = [one for one in names.split(",") if one in planned_studies() and _unfinished(study_of(one))]
+    caveats = [OLDER] if name not in planned_studies() else []
+    text = " ".join([words, *caveats, *(_progress(study_of(one)).strip() for one in unfinished)])
+    return f"![{tables.escape(alt)}]({plot})\n\n{text}\n"
+
+
+def _shown(name: str, study: Study, kind: str, metric: tables.Metric) -> list[tables.Cell]:
+    """The lines of the table of results of the rows in a study's plot."""
+    lines = tables.by_size(study, kind, metric).rows
+    return [line for line in lines if line[0].text in ROWS.get(name, (line[0].text,)) and not line[1].missing]
+
+
+def _unfinished(study: Study) -> list[str]:
+    """Rows of which a run is missing."""
+    rows = dict.fromkeys(run.row for run in study.runs if run.unfinished or not run.evaluated)
+    return [*rows, *study.not_begun]
+
+
+def _progress(study: Study) -> str:
+    """A paragraph on how far a study has come; "" of a finished one."""
+    missing = _unfinished(study)
+    if not missing:
+        return ""
+    done = sum(run.evaluated for run in study.runs), sum(run.state == "finished" for run in study.tuning_runs)
+    words = f"The fair study is not finished: {done[0]} runs and {done[1]} trials so far. Rows with missing runs: "
+    words += f"{', '.join(missing)}."
+    best: dict[str, tuple[float, str, int]] = {}
+    for row in study.rows:
+        trials = next(iter(study.sweep_trials[study.runs_of(row)[0].name]["best"].values()))
+        metric = trials["minimise"]
+        own = {run.name: last_measured(run, metric) for run in study.tuning_runs if run.name in trials["runs"]}
+        known = {trial: value for trial, value in own.items() if value is not None}
+        if known and row in missing:
+            first = min(known, key=known.__getitem__)
+            best[row] = known[first], first, len(known)
+    if best:
+        each = [f"{trial} {value:.3f} (of {count} trials)" for value, trial, count in sorted(best.values())]
+        words += (
+            f" Best trials of these on the validation split, {metric.removeprefix('eval/')}, seed 0: {', '.join(each)}."
+        )
+    return words + "\n"
 
 
 def significance_table(studies: str) -> str:
@@ -68,7 +171,8 @@ def significance_table(studies: str) -> str:
     """
     lines, many = [], ";" in studies
     for one in studies.split(";"):
-        name, key, *labels = one.split()
+        names, key, *labels = one.split()
+        name = first_stored(names)
         study = study_of(name)
         kind, metric = metric_of(study, key)
         wanted = labels[0].split(",") if labels else None
@@ -146,34 +250,32 @@ def work_of(settings) -> dict[str, float]:
     }
 
 
-def rewritten(page: str) -> str:
-    """Returns the text of a page with its tables made anew."""
-    page = RESULTS.sub(lambda mark: f"{mark[1]}{table(mark[2], mark[3], mark[4] or '')}{mark[5]}", page)
-    return TESTS.sub(lambda mark: f"{mark[1]}{significance_table(mark[2])}{mark[3]}", page)
+def rewritten(page: pathlib.Path) -> str:
+    """Returns the text of a page with its tables and sentences made anew."""
+
+    def made(mark: re.Match) -> str:
+        kind, arguments = mark[2], mark[3]
+        words = arguments.split()
+        text = {
+            "results": lambda: table(*words),
+            "contexts": lambda: contexts_table(*words),
+            "parts": lambda: parts_table(*words),
+            "significance": lambda: significance_table(arguments),
+            "headline": lambda: headline(page, *words),
+        }[kind]()
+        return f"{mark[1]}{text}{mark[4]}"
+
+    return MARK.sub(made, page.read_text())
 
 
-def main(check: bool) -> int:
-    """Rewrites the pages, or says which would change; returns the exit code."""
-    stale = [page for page in pages() if rewritten(page.read_text()) != page.read_text()]
-    for page in stale:
+def update(check: bool) -> int:
+    """Rewrites the pages that are stale, or says which are; returns the exit code."""
+    stale = {page: text for page in pages() if (text := rewritten(page)) != page.read_text()}
+    for page, text in stale.items():
         name = page.relative_to(ROOT)
         if check:
-            print(f"{name} does not hold what docs/results says: run benchmarks/results_tables.py", file=sys.stderr)
+            print(f"{name} does not hold what docs/results says: run benchmarks/results.py", file=sys.stderr)
         else:
-            page.write_text(rewritten(page.read_text()))
+            page.write_text(text)
             print(f"written: {name}")
     return int(check and bool(stale))
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--curve"] and len(sys.argv) == 5:
-        sys.exit(store_curve(*sys.argv[2:]))
-    if sys.argv[1:2] == ["--work"] and len(sys.argv) > 2:
-        sys.exit(store_work(sys.argv[2:]))
-    if sys.argv[1:] not in ([], ["--check"]):
-        wrong = (
-            f"error: {' '.join(sys.argv[1:])}: give nothing, --check, --curve SWEEP METRIC STUDY, or --work STUDY ..."
-        )
-        print(wrong, file=sys.stderr)
-        sys.exit(2)
-    sys.exit(main("--check" in sys.argv))

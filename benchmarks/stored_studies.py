@@ -1,15 +1,18 @@
-"""The stored results of the studies, docs/results/STUDY.csv, as a report reads the folders of their runs.
+"""The stored results of the studies, as a report reads the folders of their runs.
 
-A study's file is the results.csv that `report` wrote for it. Parameters and FLOPs, which older files lack, stand in
-docs/results/work.json, which `results_tables.py --work` writes from the configs of the studies' runs.
+A study is docs/results/STUDY.json, as `sweep --results` writes it, if that says which runs belong to which row. Else it is
+docs/results/STUDY.csv, the results.csv of its report; parameters and FLOPs, which older files lack, are in
+docs/results/work.json, which `results.py --work` writes from the configs of the studies' runs.
 """
 
 import csv
+import functools
 import json
 import pathlib
 
 from seqpe_jax.metric_registry import METRICS, Metric
 from seqpe_jax.reporting.load_run import size_of
+from seqpe_jax.reporting.stored_results import read_results, read_stored_study
 from seqpe_jax.reporting.study import Run, Study
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -19,11 +22,34 @@ NAMES = dict.fromkeys(("questions", "questions_by_step"), "stdlib_qa")  # of dat
 MEASURED = ("bits_per_byte", "contains", "exact_match", "exact_match_strict", "f1", "top1", "tokens", "examples")
 
 
+@functools.cache
+def planned_studies() -> tuple[str, ...]:
+    """Returns the names of the studies whose results file has a plan."""
+    files = sorted(STORED.glob("study_*.json"))
+    return tuple(path.stem for path in files if read_results(path).plan)
+
+
+def is_stored(name: str) -> bool:
+    """Returns whether a study has results of rows, not only trials."""
+    if name in planned_studies():
+        return any(run.evaluated for run in study_of(name).runs)
+    return (STORED / f"{name}.csv").exists()
+
+
+def first_stored(names: str) -> str:
+    """Returns the first of several studies, comma-separated, that has results of rows; else the last."""
+    found = names.split(",")
+    return next((name for name in found if is_stored(name)), found[-1])
+
+
+@functools.cache
 def study_of(name: str) -> Study:
     """Returns a stored study: the results of its runs, where they were trained, and what their models cost.
 
-    A run's row is its name less its seed. Results by training step have the step as their label.
+    Of a CSV file, a run's row is its name less its seed. Results by training step have the step as their label.
     """
+    if name in planned_studies():
+        return read_stored_study(STORED / f"{name}.json")
     with (STORED / f"{name}.csv").open() as file:
         lines = [line for line in csv.DictReader(file) if not line.get("context")]  # contexts are no evaluated lengths
     work = json.loads(WORK.read_text()).get(name, {})

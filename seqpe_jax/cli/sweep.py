@@ -22,6 +22,7 @@ from seqpe_jax.errors import Failure, InputError, suggest
 from seqpe_jax.files import AnyPath, as_path, is_remote
 
 if TYPE_CHECKING:
+    from seqpe_jax.sweeps.results_cache import ResultsCache
     from seqpe_jax.sweeps.run import SweepRun
     from seqpe_jax.sweeps.spec import SweepFile
     from seqpe_jax.sweeps.trial_graph import TrialGraph
@@ -35,7 +36,7 @@ _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm", "print", "
 _JOBS = flags.DEFINE_integer("jobs", None, "runs at a time (default: 1; slurm: as many as it has room for)", 1, 4096)
 _ONLY = flags.DEFINE_list("only", [], "names of the runs to execute; default: all")
 _RETRY = flags.DEFINE_bool("retry-failed", False, "execute the failed runs alone, once more")
-_STATUS = flags.DEFINE_bool("status", False, "show the progress of each run, and run nothing")
+_STATUS = flags.DEFINE_bool("status", False, "show the progress of each run, with those in --results; run nothing")
 _SLURM = flags.DEFINE_list("slurm", [], "with slurm: options of a job, e.g. partition=gpu,gpus_per_node=1,time=600")
 
 
@@ -52,7 +53,7 @@ def main() -> None:
         )
     if _SLURM.value and executor != "slurm":
         raise InputError("--slurm is for --executor=slurm")
-    if _RESULTS.value and (_STATUS.value or executor in ("print", "optuna")):
+    if _RESULTS.value and executor in ("print", "optuna"):
         raise InputError("--results is for runs that are executed, by --executor=local or slurm")
     if executor == "optuna":
         _search(sweep, workdir)
@@ -66,7 +67,9 @@ def main() -> None:
             raise InputError(f"--only: no run is named '{name}'.{suggest(name, graph.runs)}")
     chosen = [run for run in graph.runs.values() if run.name in (_ONLY.value or graph.runs)]
     if _STATUS.value:
-        _show_status(graph, chosen)
+        if _RESULTS.value:
+            _restore(sweep, workdir, graph)[0].update(graph.runs.values())
+        _show_status(graph, graph.updated(chosen))
     elif executor == "print":
         _print_commands(sweep, workdir, graph, chosen)
     else:
@@ -78,15 +81,10 @@ def _execute(
 ) -> None:
     """Executes chosen runs. Raises: InputError: the sweep file has changed; Failure: see `_report_outcomes`."""
     from seqpe_jax.sweeps import local, slurm
-    from seqpe_jax.sweeps.results_cache import ResultsCache
     from seqpe_jax.sweeps.run import map_runs
     from seqpe_jax.sweeps.trial_graph import record_trials
 
-    cache = ResultsCache(_RESULTS.value) if _RESULTS.value else None
-    restored, decided = [], []
-    if cache:
-        record_trials(workdir, sweep, sweep.trials)
-        restored, decided = cache.restore(graph)
+    cache, restored, decided = _restore(sweep, workdir, graph) if _RESULTS.value else (None, [], [])
     failures = map_runs(graph.runs.values(), lambda run: run.failure())
     failed = {run.name for run, why in zip(graph.runs.values(), failures, strict=True) if why}
     todo = [run for run in _unfinished(chosen) if (run.name in failed) == _RETRY.value]
@@ -109,6 +107,17 @@ def _execute(
         stop_signal = local.execute(runs, todo, _JOBS.value or 1, graph, update_cache)
     update_cache(graph.runs.values())
     _report_outcomes(graph.updated(chosen), stop_signal, graph)
+
+
+def _restore(sweep: "SweepFile", workdir: AnyPath, graph: "TrialGraph") -> "tuple[ResultsCache, list[str], list[str]]":
+    """Restores runs from the results file; returns it, their names, and lines on decisions. Raises: InputError."""
+    from seqpe_jax.sweeps.results_cache import ResultsCache
+    from seqpe_jax.sweeps.trial_graph import record_trials
+
+    cache = ResultsCache(_RESULTS.value, sweep.trials)
+    record_trials(workdir, sweep, sweep.trials)
+    restored, decided = cache.restore(graph)
+    return cache, restored, decided
 
 
 def _unfinished(runs: "list[SweepRun]") -> "list[SweepRun]":

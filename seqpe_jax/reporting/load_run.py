@@ -63,7 +63,20 @@ def read_evaluation(folder: AnyPath) -> dict[str, Any]:
     path = folder / EVALUATION_FILE
     if not path.exists():
         return {}
-    evaluation = parse_object(path.read_bytes(), str(path), {"results": list}, OPTIONAL_EVALUATION_FIELDS)
+    return check_evaluation(parse_object(path.read_bytes(), str(path)), str(path))
+
+
+def check_evaluation(evaluation: dict[str, Any], source: str) -> dict[str, Any]:
+    """Returns an evaluation whose results have the "extent" and "label" of `size_of`.
+
+    Args:
+      evaluation: object of evaluation.json.
+      source: path for messages.
+
+    Raises:
+      InputError: it is no evaluation.
+    """
+    _check_fields(evaluation, source, {"results": list}, OPTIONAL_EVALUATION_FIELDS)
     for number, result in enumerate(evaluation["results"], 1):
         try:
             result |= size_of(result)
@@ -74,7 +87,7 @@ def read_evaluation(folder: AnyPath) -> dict[str, Any]:
             if "without_context" in evaluation:
                 float(evaluation["without_context"]["contains"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            fault = f"{path} has a result without a length, size or context, or without numbers, result {number}"
+            fault = f"{source} has a result without a length, size or context, or without numbers, result {number}"
             raise InputError(f"{fault}: write it with `evaluate --output`") from error
     return evaluation
 

@@ -13,7 +13,17 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write
 from seqpe_jax.metric_registry import Metric
 from seqpe_jax.reporting import cost_table, plot_style, plots, tables
-from seqpe_jax.reporting.significance import TEST_NOTE, Comparison, sentences, significance_tests, worse_cells
+from seqpe_jax.reporting.significance import (
+    TEST_NOTE,
+    UNTESTED,
+    Comparison,
+    outcome_sentence,
+    outcomes,
+    sentences,
+    significance_tests,
+    worse_cells,
+)
+from seqpe_jax.reporting.stored_results import read_stored_study
 from seqpe_jax.reporting.study import Run, Study, differences, read_study
 from seqpe_jax.reporting.tuning_table import tuning_notes, tuning_tables
 
@@ -27,20 +37,24 @@ NOT_EVALUATED = (
 Tests = dict[tuple[str, Metric], list[Comparison]]  # (kind of data, its main metric) -> results
 
 
-def write_report(workdir: str | os.PathLike, output: str | os.PathLike) -> str:
+def write_report(
+    workdir: str | os.PathLike | None, output: str | os.PathLike, *, results: str | os.PathLike | None = None
+) -> str:
     """Writes report.html, report.md, results.csv and the plots.
 
     Args:
-      workdir: folder of a run, of a sweep, or of runs.
+      workdir: folder of a run, of a sweep, or of runs; or None.
       output: folder to write.
+      results: results file of a sweep, instead of `workdir`.
 
     Returns:
       The main table in markdown.
 
     Raises:
-      InputError: see `read_study`; or `output` cannot be written.
+      InputError: see `read_study` and `read_stored_study`; or `output` cannot be written.
     """
-    study, benchmarks = read_study(workdir), cost_table.read_benchmarks(workdir)
+    study = read_study(workdir) if workdir is not None else read_stored_study(results)
+    benchmarks = cost_table.read_benchmarks(workdir) if workdir is not None else []
     output = as_path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -51,13 +65,16 @@ def write_report(workdir: str | os.PathLike, output: str | os.PathLike) -> str:
         "study": study,
         "notes": notes(study),
         "test_sentences": [
-            (f"{metric.title.rstrip(',')}, {metric.direction}", sentences(results, metric))
-            for (_, metric), results in tests.items()
+            (
+                f"{metric.title.rstrip(',')}, {metric.direction}",
+                sentences(results, metric) + _outcomes(study, kind, metric),
+            )
+            for (kind, metric), results in tests.items()
             if results
         ],
         "results": _result_tables(study, tests, benchmarks),
         "cost": tables.training_cost(study),
-        "missing_commands": cost_table.missing_commands(study, workdir, benchmarks),
+        "missing_commands": cost_table.missing_commands(study, workdir, benchmarks) if workdir is not None else "",
         "tuning": tuning_tables(study),
         "runs": tables.run_states(study),
         "differing": tables.differing_fields(study),
@@ -73,11 +90,19 @@ def write_report(workdir: str | os.PathLike, output: str | os.PathLike) -> str:
 def notes(study: Study) -> list[str]:
     """Returns caveats for comparing the runs: missing and stale results, differing settings."""
     lines = [f"The runs differ in {line}" for line in differences(study)]
+    if study.not_begun:
+        lines.append(f"Not begun, so in no table: {', '.join(study.not_begun)}")
+    missing: dict[str, list[str]] = {}
+    for run in study.runs:
+        if run.failure or not run.started:
+            missing.setdefault(run.state, []).append(run.name)
+    for state, names in missing.items():
+        lines.append(f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} missing: {state}")
     for run in study.runs:
         done, at = run.steps_done, run.evaluation.get("step")
         if run.failure or not run.started:
-            lines.append(f"{run.name} is missing: {run.state}")
-        elif run.unfinished:
+            continue
+        if run.unfinished:
             left_out = run.evaluated and run not in study.counted
             suffix = ", so its results are left out where others of its row have finished" if left_out else ""
             lines.append(f"{run.name} is not finished: step {done or 0} of {run.steps_planned}{suffix}")
@@ -105,6 +130,13 @@ def notes(study: Study) -> list[str]:
         run.evaluation["without_context"]["contains"] for run in study.runs if "without_context" in run.evaluation
     }
     return lines + [f"Guessing without the passage finds {found:.1f}% of the answers" for found in sorted(baselines)]
+
+
+def _outcomes(study: Study, kind: str, metric: Metric) -> list[str]:
+    """A sentence on each row of SeqPE that is tested against other encodings."""
+    rows = dict.fromkeys(run.row for run in study.runs if run.config["encoding"]["kind"] == "seqpe")
+    found = [outcomes(study, kind, metric, row) for row in rows]
+    return [outcome_sentence(one, metric) for one in found if any(each.state != UNTESTED for each in one)]
 
 
 def _main_metrics(study: Study) -> list[tuple[str, Metric]]:

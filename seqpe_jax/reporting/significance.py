@@ -19,6 +19,7 @@ TEST_NOTE = (
     "rows of a column. Rows of several seeds without a star tie with the best one: the test does not distinguish them, and "
     "three seeds distinguish few rows. Rows of one seed are not tested."
 )
+UNTESTED = "untested"  # state of a outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,27 @@ class Comparison:
     def key(self) -> tuple:
         """Equal for results that one sentence can state together."""
         return self.best, set(self.worse), set(self.ties), self.untested, self.second, self.tested
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A row against the strongest row of another kind of encoding, at one length or size.
+
+    Attributes:
+      label: the length or size.
+      row: the row.
+      other: row with the best mean among the other kinds.
+      state: "ahead" or "behind", significantly; "tied"; or "untested", with one seed.
+      margin: difference of the two means, positive where `row` is better.
+      p: adjusted p of the difference, NaN where it is not tested.
+    """
+
+    label: str
+    row: str
+    other: str
+    state: str
+    margin: float
+    p: float
 
 
 def significance_tests(study: Study, kind: str, metric: Metric) -> list[Comparison]:
@@ -124,6 +146,69 @@ def _conditions(study: Study, row: str, label: str) -> Hashable:
         count = result.get("examples", result.get("tokens"))
         conditions.add((run.seed, training, run.evaluation.get("split"), count))
     return frozenset(conditions)
+
+
+def outcomes(study: Study, kind: str, metric: Metric, row: str) -> list[Outcome]:
+    """Returns the outcome for a row at each length or size at which it and another kind of encoding were evaluated.
+
+    The tests are those of `significance_tests`, without other rows of the row's own kind of encoding. Where rows with
+    several seeds are there, the strongest other is one of them.
+
+    Args:
+      study: the runs.
+      kind: kind of data.
+      metric: metric that is compared.
+      row: row of the study.
+    """
+    own = {run.config["encoding"]["kind"] for run in study.runs_of(row)}
+    runs = [run for run in study.runs if run.row == row or run.config["encoding"]["kind"] not in own]
+    study = dataclasses.replace(study, runs=runs)
+    values, _ = values_of(study, kind, metric)
+    sign = 1 if metric.higher_is_better else -1
+    found = []
+    for test in significance_tests(study, kind, metric):
+        if (row, test.label) not in values:
+            continue
+        other = test.second if test.best == row else test.best
+        margin = sign * (statistics.fmean(values[row, test.label]) - statistics.fmean(values[other, test.label]))
+        tested = other if test.best == row else row
+        p = (test.worse | test.ties).get(tested, math.nan)
+        state = (
+            UNTESTED if math.isnan(p) else "tied" if tested in test.ties else "ahead" if tested == other else "behind"
+        )
+        found.append(Outcome(test.label, row, other, state, margin, p))
+    return found
+
+
+def outcome_sentence(found: Sequence[Outcome], metric: Metric) -> str:
+    """Returns outcomes for one row in words; neighbouring lengths or sizes with the same outcome are one range.
+
+    Args:
+      found: outcomes for one row, by ascending length or size; at least one.
+      metric: the metric.
+    """
+    ranges: list[list[Outcome]] = []
+    for one in found:
+        before = ranges[-1][0] if ranges else None
+        if before and (before.state, before.other, before.margin > 0) == (one.state, one.other, one.margin > 0):
+            ranges[-1].append(one)
+        else:
+            ranges.append([one])
+    return (
+        f"{found[0].row} against the strongest other encoding: {'; '.join(_outcome(same, metric) for same in ranges)}."
+    )
+
+
+def _outcome(same: Sequence[Outcome], metric: Metric) -> str:
+    first, last = same[0], same[-1]
+    at = f"at {first.label}" if first is last else f"from {first.label} to {last.label}"
+    margin = _format_range([abs(one.margin) for one in same], lambda value: number(value, metric.decimals))
+    side = "ahead" if first.margin > 0 else "behind"
+    p = _format_range([one.p for one in same], lambda value: f"{value:.2g}")
+    if first.state == "tied":
+        return f"tied with {first.other} {at} ({margin} {side}, p {p})"
+    evidence = "one seed, so no test" if first.state == UNTESTED else f"p {p}"
+    return f"{side}{' of' * (side == 'ahead')} {first.other} {at}, by {margin} ({evidence})"
 
 
 def sentences(results: Sequence[Comparison], metric: Metric) -> list[str]:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -34,6 +35,9 @@ from seqpe_jax.trees import flatten_dict, unflatten_dict
 PER_RUN_FIELDS = ("seed", "eval", "checkpoint", "mesh", "report", "profile", "precision.random_bits")
 # Fields that must be equal for results to be comparable.
 COMPARED_FIELDS = ("steps", "batch_size", "data.name", "data.length", "data.size", "data.paths", "data.tokenizer")
+MAX_FIELD_TABLES = (
+    2  # a run with more open fields has its parts chosen by trials, whose name without the seed is its row's
+)
 UNSET = "unset"
 UNDECIDED = "not decided yet"
 
@@ -194,12 +198,14 @@ class Study:
       runs: runs in the order of the report, with those that a sweep has not started.
       tuning_runs: runs of a sweep that only decide fields of others.
       sweep_trials: trials in the folder's sweep.json by name; empty without one.
+      not_begun: rows of a plan that have no run yet.
     """
 
     name: str
     runs: list[Run]
     tuning_runs: list[Run] = dataclasses.field(default_factory=list)
     sweep_trials: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    not_begun: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def config(self) -> str:
@@ -220,6 +226,12 @@ class Study:
         """Runs whose results count: unfinished runs do not where another run of the row has finished."""
         finished = {run.row for run in self.runs if run.evaluated and not run.unfinished}
         return [run for run in self.runs if not run.unfinished or run.row not in finished]
+
+
+def last_measured(run: Run, metric: str) -> float | None:
+    """Returns a metric of a run at its last step, None where it is missing or not finite."""
+    values = [line[metric] for line in run.metrics if metric in line and line["step"] == run.steps_planned]
+    return values[-1] if values and math.isfinite(values[-1]) else None
 
 
 def read_study(workdir: str | os.PathLike) -> Study:
@@ -253,7 +265,11 @@ def read_study(workdir: str | os.PathLike) -> Study:
     if not runs:
         raise InputError(f"{workdir} holds no run: neither it nor a folder in it has a config.json that `train` wrote")
     runs = sorted(runs, key=lambda run: run.encoding != "seqpe")
-    return Study(workdir.resolve().name, _with_rows(runs, named=trials is not None), tuning_runs, trials or {})
+    rows = _with_rows(runs, named=trials is not None)
+    for at, run in enumerate(rows):
+        if len((trials or {}).get(run.name, {}).get("best", {})) > MAX_FIELD_TABLES:
+            rows[at] = dataclasses.replace(run, row=run.name.removesuffix(f"-{run.seed}"))
+    return Study(workdir.resolve().name, rows, tuning_runs, trials or {})
 
 
 def read_run(folder: AnyPath) -> Run:

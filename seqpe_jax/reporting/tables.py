@@ -174,12 +174,11 @@ def by_size(
     has_intervals = any(len(found) > 1 for found in values.values())
     windows = WINDOWS_NOTE * (kind == "text" and len(extents) > 1)
     notes = [windows, _seeds_note(values), note * (has_intervals and len(rows) > 1), FLOPS_NOTE * work]
-    work_header = ("parameters", f"FLOPs per {COUNT_NAMES[kind][:-1]}") if work else ()
     return Table(
         f"{metric.title} by evaluated {'size' if kind == 'images' else 'length'} ({metric.direction})",
-        [row_heading(study), *map(title, extents), *work_header],
+        [row_heading(study), *map(title, extents), *(work_header(kind) if work else ())],
         [
-            [Cell(row), *(cell(row, label) for label in extents), *(_work_cells(study.runs_of(row)) if work else ())]
+            [Cell(row), *(cell(row, label) for label in extents), *(work_cells(study.runs_of(row)) if work else ())]
             for row in rows
         ],
         " ".join(filter(None, notes)),
@@ -422,8 +421,13 @@ def row_heading(study: Study) -> str:
     return "encoding" if all(run.row.split(" ")[0] == run.encoding for run in study.runs) else "run"
 
 
-def _work_cells(runs: Sequence[Run]) -> list[Cell]:
-    """Parameters, and training FLOPs per token or image, of runs with the same model."""
+def work_header(kind: str) -> tuple[str, str]:
+    """Returns the headings of `work_cells` for a kind of data."""
+    return "parameters", f"FLOPs per {COUNT_NAMES[kind][:-1]}"
+
+
+def work_cells(runs: Sequence[Run]) -> list[Cell]:
+    """Returns the parameters, and the training FLOPs per token or image, of runs with the same model."""
     cells = []
     for values, form in (
         ([run.parameters for run in runs], lambda value: f"{value:,}"),

@@ -1,57 +1,42 @@
 """Results file of a sweep (`--results`): measurements of finished runs, so that a sweep continues without their folders.
 
-The file is a JSON object. "shared" holds the settings of the first run by dotted field; "runs" holds for each run the
-"settings" that differ, the "metrics" lines of evaluations and of the last step, and its "evaluation", without the long
-losses by position and without paths of this machine.
+`reporting.stored_results` describes the file, and makes a report of it alone. Evaluations are stored without the long losses
+by position and without paths of this machine.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_dir, atomic_write, parse_json
+from seqpe_jax.reporting.stored_results import StoredResults, read_results
 from seqpe_jax.run_dir import EVALUATION_FILE, METRICS_FILE, RunDir
 from seqpe_jax.sweeps.run import RESTORED_FILE, SweepRun, map_runs
+from seqpe_jax.sweeps.spec import BestOf, Trial
 from seqpe_jax.sweeps.trial_graph import TrialGraph
-from seqpe_jax.trees import flatten_dict, unflatten_dict
-
-PARTS = {"settings": dict, "metrics": list, "evaluation": dict}  # of each run
+from seqpe_jax.trees import flatten_dict
 
 
 class ResultsCache:
     """The results file of a sweep."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, trials: Sequence[Trial] = ()):
         """Reads the file, if there is one.
 
         Args:
           path: JSON file.
+          trials: runs of the sweep, as its file yields them; the file says which of them decide others.
 
         Raises:
           InputError: it is another file.
         """
         self._path = as_path(path)
-        self._shared: dict[str, Any] = {}
-        self._runs: dict[str, dict[str, Any]] = {}
-        if not self._path.exists():
-            return
-        try:
-            content = parse_json(self._path.read_bytes())
-            shared, runs = content["shared"], content["runs"]
-            valid = isinstance(shared, dict) and all(
-                isinstance(run[part], kind) for run in runs.values() for part, kind in PARTS.items()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            valid = False
-        if not valid:
-            raise InputError(
-                f"--results={path} holds no results of a sweep, or is damaged: name one that --results has written, or none"
-            )
-        self._shared = _with_current_names(shared)
-        self._runs = {name: run | {"settings": _with_current_names(run["settings"])} for name, run in runs.items()}
+        stored = read_results(path) if self._path.exists() else StoredResults()
+        self._shared, self._runs, self._stored_plan = stored.shared, stored.runs, stored.plan
+        self._plan = plan_of(trials) or stored.plan
 
     def restore(self, graph: TrialGraph) -> tuple[list[str], list[str]]:
         """Creates the missing folders of runs in the file, starting with runs that decide fields of others.
@@ -81,10 +66,11 @@ class ResultsCache:
         runs = list(runs)
         ignored = map_runs(runs, lambda run: run.restored or bool(run.remaining_commands()))
         found = {run.name: self._entry(run) for run, skip in zip(runs, ignored, strict=True) if not skip}
-        if any(self._runs.get(name) != entry for name, entry in found.items()):
-            self._runs |= found
-            lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in self._runs.items())
-            atomic_write(self._path, f'{{\n "shared": {json.dumps(self._shared)},\n "runs": {{\n{lines}\n }}\n}}\n')
+        if any(self._runs.get(name) != entry for name, entry in found.items()) or self._plan != self._stored_plan:
+            self._runs, self._stored_plan = self._runs | found, self._plan
+            head = f' "shared": {json.dumps(self._shared)},\n'
+            parts = [_block("runs", self._runs), *([_block("plan", self._plan)] if self._plan else [])]
+            atomic_write(self._path, "{\n" + head + ",\n".join(parts) + "\n}\n")
 
     def _entry(self, run: SweepRun) -> dict[str, Any]:
         settings = json.loads(json.dumps(flatten_dict(_settings_of(run), ".")))  # tuples become lists
@@ -109,7 +95,8 @@ class ResultsCache:
             return False
         where = f"--results={self._path}: run '{run.name}'"
         try:
-            settings = config.to_dict(config.from_dict(unflatten_dict(self._shared | entry["settings"], ".")))
+            stored = StoredResults(self._shared, self._runs)
+            settings = config.to_dict(config.from_dict(stored.settings_of(run.name)))
         except InputError as error:
             raise InputError(f"{where} cannot be read by this version: {error}") from error
         if lines := config.difference(settings, _settings_of(run)):
@@ -134,6 +121,35 @@ def _settings_of(run: SweepRun) -> dict[str, Any]:
     return settings
 
 
-def _with_current_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings by dotted field under current names, so that those of a run replace shared ones."""
-    return {config.RENAMED.get(name, name): value for name, value in settings.items()}
+def plan_of(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
+    """Returns the plan of a sweep: row -> its runs, and the trials that decide their open fields.
+
+    A row is the name of a run without its seed. Its trials are left out where its fields are decided by different ones.
+
+    Args:
+      trials: runs of the sweep, as its file yields them.
+    """
+    open_fields = {
+        trial.name: {field: best for field, best in trial.best.items() if isinstance(best, BestOf)} for trial in trials
+    }
+    deciding = {name for fields in open_fields.values() for best in fields.values() for name in best.runs}
+    plan: dict[str, dict[str, Any]] = {}
+    for trial in trials:
+        if trial.name in deciding:
+            continue
+        row = plan.setdefault(
+            trial.name.removesuffix(f"-{trial.settings.seed}"), {"runs": [], "fields": [], "trials": []}
+        )
+        row["runs"].append(trial.name)
+        own = open_fields[trial.name]
+        if len(set(own.values())) == 1:
+            [best] = set(own.values())
+            direction = "minimise" if best.minimise else "maximise"
+            row |= {"fields": list(own), "trials": list(best.runs), direction: best.metric}
+    return plan
+
+
+def _block(name: str, entries: dict[str, Any]) -> str:
+    """One key of the file, with one line for each entry."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
+    return f' "{name}": {{\n{lines}\n }}'

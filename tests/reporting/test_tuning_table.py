@@ -157,8 +157,17 @@ def test_rows_that_choose_their_parts_are_in_one_table(sweep):
         "3 of 3",
         "2.0000",
         "1.5000",
-        "r=0.002",
-        "learning_rate=0.002, gate=forget",
+        "none",
+        "0.002",
+        "gate=forget",
+        "1,234",
+        "2.75 M",
     ]
-    assert [cell.text for cell in table.rows[1]] == ["rotary", "1 of 3", "2.5000", "-", "-", "-"]
+    assert [cell.text for cell in table.rows[1]][:5] == [
+        "rotary",
+        "1 of 3",
+        "2.5000",
+        "2.5000",
+        "so far rotary-r=0.001",
+    ]
     assert METRIC in table.note

@@ -121,9 +121,53 @@ def test_files_that_the_pages_name_are_there():
 @pytest.mark.slow
 def test_results_of_the_pages_are_those_of_the_stored_studies(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for script in ("tables", "plots"):
-        assert importlib.import_module(f"results_{script}").main(check=True) == 0, capsys.readouterr().err
-    assert "<!-- results: study_text bits_per_byte" in (ROOT / "README.md").read_text()
+    assert importlib.import_module("results").main(check=True) == 0, capsys.readouterr().err
+    assert "<!-- headline: study_text_fair,study_text bits_per_byte" in (ROOT / "README.md").read_text()
+
+
+def test_the_headline_says_what_the_first_study_with_results_says(monkeypatch, tmp_path):
+    """The fair study counts once SeqPE and another row have been evaluated; until then it shows its trials."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    stored, script = (importlib.import_module(name) for name in ("stored_studies", "results_tables"))
+    shared = {"steps": 5, "seed": 1, "data.name": "stdlib", "data.length": 64}
+    plan = {"runs": [], "fields": ["steps"], "minimise": "eval/loss@64"}
+    rows = {
+        row: plan | {"runs": [f"{row}-{seed}" for seed in (1, 2)], "trials": [f"{row}-t"]} for row in ("seqpe", "fox")
+    }
+
+    def headline(*finals):
+        runs = {
+            f"{row}-t": {
+                "settings": {"encoding.kind": row},
+                "metrics": [{"step": 5, "eval/loss@64": 1.5}],
+                "evaluation": {},
+            }
+            for row in ("seqpe", "fox")
+        }
+        for name, bits in finals:
+            row, _, seed = name.partition("-")
+            found = {"results": [{"length": 64, "tokens": 9, "bits_per_byte": bits}]}
+            settings = {"encoding.kind": row, "seed": int(seed)}
+            runs[name] = {"settings": settings, "metrics": [{"step": 5}], "evaluation": found}
+        (tmp_path / "study_text_fair.json").write_text(json.dumps({"shared": shared, "runs": runs, "plan": rows}))
+        stored.study_of.cache_clear()
+        stored.planned_studies.cache_clear()
+        return script.headline(ROOT / "README.md", "study_text_fair,study_text", "bits_per_byte", "seqpe")
+
+    (tmp_path / "study_text.csv").write_text((stored.STORED / "study_text.csv").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "STORED", tmp_path)
+        before = headline(("seqpe-1", 2.0))
+        assert "(docs/results/study_text.png)" in before and script.OLDER in before
+        assert "1 runs and 2 trials so far. Rows with missing runs: seqpe, fox." in before
+        assert "fox-t 1.500 (of 1 trials)" in before
+        after = headline(("seqpe-1", 2.0), ("seqpe-2", 2.1), ("fox-1", 1.5), ("fox-2", 1.61))
+        assert (
+            "(docs/results/study_text_fair.png)" in after and script.OLDER not in after and "not finished" not in after
+        )
+        assert "**Text: seqpe against the strongest other encoding: behind fox at 64, by 0.495 (p 0.0064).**" in after
+    stored.study_of.cache_clear()
+    stored.planned_studies.cache_clear()
 
 
 def test_rows_of_the_pods_table_are_those_that_were_compiled(monkeypatch):
@@ -150,7 +194,7 @@ def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monk
         for name, run in json.loads((script.STORED / f"{study}.json").read_text())["runs"].items():
             if run["evaluation"]:
                 assert run["evaluation"]["parameters"] == stored[study][name.rpartition("-")[0]]["parameters"], name
-    assert "| 440,976 | 2.75 M |" in (ROOT / "README.md").read_text()
+    assert "| 440,976 | 2.75 M |" in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_python_of_the_pages_names_attributes_that_exist():

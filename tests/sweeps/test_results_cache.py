@@ -19,7 +19,7 @@ def worked(
     workdir: pathlib.Path, file: pathlib.Path, trials=TRIALS, names=None
 ) -> tuple[trial_graph.TrialGraph, list[str], list[str]]:
     """What the command does with `--results`."""
-    cache = ResultsCache(file)
+    cache = ResultsCache(file, trials)
     found = begun(workdir, trials)
     restored, decided = cache.restore(found)
     runs = list(found.runs.values())
@@ -35,6 +35,8 @@ def test_a_sweep_goes_on_in_an_empty_folder_with_its_results_file(tmp_path, wish
     assert not restored and not decided and first.runs["s-2"].remaining_commands()
     before = file.read_bytes()
     assert [*json.loads(before)["runs"]] == ["t=1", "t=2", "t=3", "s-1"]
+    chosen = {"fields": ["batch_size"], "trials": ["t=1", "t=2", "t=3"], "minimise": "eval/loss@16"}
+    assert json.loads(before)["plan"] == {"s": {"runs": ["s-1", "s-2"]} | chosen}
     older = before.decode().replace("encoding.gate_bias_init", "encoding.gate_bias")  # as versions of before named it
     assert older != before.decode() and file.write_text(older)
 
