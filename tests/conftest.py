@@ -87,23 +87,6 @@ def one_device() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def one_device() -> Iterator[None]:
-    """Runs and models use the first device alone, for which they compile sooner than for all eight."""
-    import jax
-
-    from seqpe_jax.distributed import sharding
-
-    make_mesh = sharding.make_mesh
-
-    def make_small_mesh(data, fsdp, context=1, tensor=1, devices=None, slices=0):
-        return make_mesh(data, fsdp, context, tensor, devices or jax.devices()[:1], slices)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", make_small_mesh)
-        yield
-
-
 @pytest.fixture(scope="session")
 def one_store() -> Iterator[Store]:
     """An object store on this machine, for all tests of a process."""
