@@ -1,7 +1,8 @@
 """Text generation over a KV cache: `prefill` reads the prompts, `decode_loop` adds one token per sample at a time.
 
 Prompts of different lengths begin at token index 0 of a common window and are padded at the end. A new token is written at
-the index after its own prompt, so that padding is overwritten before any token attends to it.
+the index after its own prompt, so that padding is overwritten before any token attends to it. The rings that layers with a
+window have (`models.attention.KVCache`) never hold padding, which would overwrite tokens.
 """
 
 import dataclasses
@@ -184,8 +185,10 @@ def decode_functions(
         holds all of them.
     """
     by_batch, replicated = sharding.sharding(axes.BATCH), sharding.sharding()
+    heads = sharding.sharding(axes.BATCH, None, axes.HEADS)
+    key_heads = heads if model.config.kv_heads % sharding.shards(axes.HEADS) == 0 else by_batch
     out_shardings = DecodeState(
-        cache=sharding.sharding(axes.BATCH, None, axes.HEADS),
+        cache=(KVCache(key_heads, key_heads, heads if model.config.gate else None),) * model.config.layers,
         lengths_B=by_batch,
         index_B=by_batch,
         token_B=by_batch,
@@ -235,7 +238,7 @@ def prefill(
     batch, length = tokens_BL.shape
     cache = model.init_cache(batch, static.window(length), signal)
     hidden_BLD, cache = model.apply(
-        {"params": params}, tokens_BL, signal, cache, jnp.arange(length)[None], method="forward_cached"
+        {"params": params}, tokens_BL, signal, cache, jnp.arange(length)[None], lengths_B, method="forward_cached"
     )
     last_B1D = jnp.take_along_axis(hidden_BLD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
     logits_BV = model.apply({"params": params}, last_B1D, method="logits")[:, 0]

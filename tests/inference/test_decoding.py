@@ -69,6 +69,7 @@ COMPOSED = {
     "encoding__log_scaling": True,
 }
 INTERPOLATED = {"encoding__resize": "interpolate", "encoding__fraction_digits": 1}
+WINDOW = {"model__window": 6, "model__kv_heads": 1}  # rings, which prompts of 1 to 20 tokens and 20 more go around
 # Each field of a signal, of all layers or of each: embedded, rotated, scaled, shifted, rank-F bias, relative bias, gates.
 CASES = [
     ("seqpe", {"encoding__mode": "input_add", "encoding__qk": "none"}),
@@ -76,11 +77,11 @@ CASES = [
     ("seqpe", {"encoding__mode": "attn_mul", "encoding__qk": "multi", "encoding__per_head": False}),
     ("seqpe", COMPOSED | every_part("seqpe", "cable")),
     ("seqpe", COMPOSED | INTERPOLATED),
-    *((kind, every_part(kind)) for kind in ("learned", "rotary_mixed", "fire", "scale_invariant")),
-    *(
-        (kind, every_part(kind) | {"encoding__layers_with": (0, 1)}) for kind in ("alibi", "pope")
-    ),  # and one layer without
-    ("fox", {}),
+    *((kind, every_part(kind)) for kind in ("learned", "rotary_mixed", "scale_invariant")),
+    ("pope", every_part("pope") | {"encoding__layers_with": (0, 1)}),  # and one layer without
+    ("alibi", every_part("alibi") | {"encoding__layers_with": (0, 1), "model__attention_cap": 2.0}),
+    ("fire", every_part("fire") | WINDOW),
+    ("fox", WINDOW | {"model__window_layers": (0, 1)}),
 ]
 
 
