@@ -125,6 +125,7 @@ class EncodingConfig:
       REAL_POSITIONS: positions may be fractional.
       PER_LAYER: its signal can differ by layer.
       HAS_VECTORS: it has position embeddings, which the contrastive and distillation losses train.
+      STARTS_AT_ZERO: it can begin without an effect (`start_at_zero`).
       REQUIRES: {field: (other_field, required_value)}: `field` is ignored unless `other_field == required_value`; a tuple means
         any of its values, None any non-default value. Map a field to None to drop an inherited requirement.
     """
@@ -137,6 +138,7 @@ class EncodingConfig:
     REAL_POSITIONS: ClassVar[bool] = True
     PER_LAYER: ClassVar[bool] = False
     HAS_VECTORS: ClassVar[bool] = False
+    STARTS_AT_ZERO: ClassVar[bool] = False
     REQUIRES: ClassVar[dict[str, tuple[str, Any] | None]] = {}
 
     # Values for encodings that lack the field. Without annotations these are class attributes, not dataclass fields.
@@ -153,6 +155,7 @@ class EncodingConfig:
     parabolas = 0
     gate = "none"
     gate_bias_init = 0.0
+    start_at_zero = False
 
     kind: str = _kind("")
     log_scaling: bool = _field(
@@ -349,10 +352,25 @@ def _check_flags(name: str, flags: tuple[int, ...], layers: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _WithForgetGate(EncodingConfig):
+class _StartAtZero(EncodingConfig):
+    """Field of encodings that can be added to a trained model."""
+
+    start_at_zero: bool = _field(
+        False,
+        "the encoding and its gate are multiplied by learned factors that start at 0, so that a trained model first computes "
+        "what it did without them; rotary pairs are not",
+    )
+
+    def start_scale_shape(self, dims: ModelDims) -> tuple[int, ...]:
+        """Returns the shape of the factors of the encoding, without its gate: (layers, heads) where its signal differs by layer."""
+        return (dims.layers, dims.heads) if self.PER_LAYER else (dims.heads,)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithForgetGate(_StartAtZero):
     """Fields of encodings of text that can be combined with a forget gate on attention logits."""
 
-    REQUIRES: ClassVar[dict[str, Any]] = {"gate_bias_init": ("gate", None)}
+    REQUIRES: ClassVar[dict[str, Any]] = {"gate_bias_init": ("gate", None), "start_at_zero": ("gate", None)}
 
     gate: Gate = _field("none", "data-dependent decay of attention logits: FoX forget gate or CABLE gate")
     gate_bias_init: float = _field(
@@ -625,6 +643,8 @@ class SeqPEConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGat
     SOURCE: ClassVar[str] = "arXiv 2506.13277"
     PER_LAYER: ClassVar[bool] = True
     HAS_VECTORS: ClassVar[bool] = True
+    STARTS_AT_ZERO: ClassVar[bool] = True
+    REQUIRES: ClassVar[dict[str, Any]] = {"start_at_zero": None}  # also without a gate
 
     kind: str = _kind("seqpe")
     digits: int = _field(0, "before the point; 0 = as many as max_position needs", low=0, high=64)
@@ -681,6 +701,13 @@ class SeqPEConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGat
     def num_digits(self) -> int:
         """Digits of a coordinate, those after the point included."""
         return self.integer_digits + self.fraction_digits
+
+    def start_scale_shape(self, dims: ModelDims) -> tuple[int, ...]:
+        """Returns the shape of the factors of the encoding: one number where it is added to tokens."""
+        if self.mode == "input_add":
+            return (1,)
+        heads = dims.heads if self.per_head else 1
+        return (dims.layers, heads) if self.qk == "multi" else (heads,)
 
     def needed_width(self, dims: ModelDims) -> int:
         """Returns the features of a vector that mode, qk and per_head need."""
@@ -943,19 +970,22 @@ class ALiBiConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGat
     SOURCE: ClassVar[str] = "arXiv 2108.12409"
     AXES: ClassVar[Axes] = "1"
     CAUSAL_ONLY: ClassVar[bool] = True
+    STARTS_AT_ZERO: ClassVar[bool] = True
+    REQUIRES: ClassVar[dict[str, Any]] = {"start_at_zero": None}  # also without a gate
 
     kind: str = _kind("alibi")
     slope_scale: float = _field(1.0, "factor of the slopes, per token", **_SLOPE_SCALE)
 
 
 @dataclasses.dataclass(frozen=True)
-class GridALiBiConfig(_Positions, _Heads, _Layers, _WithOptionalPairs):
+class GridALiBiConfig(_Positions, _Heads, _Layers, _WithOptionalPairs, _StartAtZero):
     """ALiBi by Euclidean distance on grids."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:GridALiBi"
     SUMMARY: ClassVar[str] = "ALiBi by Euclidean distance."
     SOURCE: ClassVar[str] = "arXiv 2108.12409"
     AXES: ClassVar[Axes] = "2+"
+    STARTS_AT_ZERO: ClassVar[bool] = True
 
     kind: str = _kind("alibi_grid")
     slope_scale: float = _field(1.0, "factor of the slopes, per patch", **_SLOPE_SCALE)
@@ -970,6 +1000,8 @@ class T5Config(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGate):
     SOURCE: ClassVar[str] = "arXiv 1910.10683"
     AXES: ClassVar[Axes] = "1"
     CAUSAL_ONLY: ClassVar[bool] = True
+    STARTS_AT_ZERO: ClassVar[bool] = True
+    REQUIRES: ClassVar[dict[str, Any]] = {"start_at_zero": None}  # also without a gate
 
     kind: str = _kind("t5")
     t5_buckets: int = _field(0, "distance buckets; 0 = 32, at most the training length", zero=True, low=2, high=4096)
@@ -1012,6 +1044,8 @@ class KerpleConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGa
     AXES: ClassVar[Axes] = "1"
     CAUSAL_ONLY: ClassVar[bool] = True
     PER_LAYER: ClassVar[bool] = True
+    STARTS_AT_ZERO: ClassVar[bool] = True
+    REQUIRES: ClassVar[dict[str, Any]] = {"start_at_zero": None}  # also without a gate
 
     kind: str = _kind("kerple")
     kerple_scale: float = _field(1.0, "initial r2 is drawn between 0 and this, per token", low=0.02, high=1e6)
@@ -1025,6 +1059,8 @@ class FireConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGate
     SUMMARY: ClassVar[str] = "A small network reads the distance as a share of the largest one possible."
     SOURCE: ClassVar[str] = "arXiv 2310.04418"
     PER_LAYER: ClassVar[bool] = True
+    STARTS_AT_ZERO: ClassVar[bool] = True
+    REQUIRES: ClassVar[dict[str, Any]] = {"start_at_zero": None}  # also without a gate
 
     kind: str = _kind("fire")
     fire_threshold: float = _field(
@@ -1256,4 +1292,13 @@ def encodings_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-_PARTS: Iterable[type] = (_Positions, _Heads, _Layers, _WithForgetGate, _WithOptionalRoPE, _PartialRoPE, _RoPEBase)
+_PARTS: Iterable[type] = (
+    _Positions,
+    _Heads,
+    _Layers,
+    _StartAtZero,
+    _WithForgetGate,
+    _WithOptionalRoPE,
+    _PartialRoPE,
+    _RoPEBase,
+)

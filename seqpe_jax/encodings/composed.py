@@ -31,9 +31,10 @@ def combined(config: EncodingConfig, dims: ModelDims) -> nn.Module:
         parts.append(LogScaling(dims))
         heads.append(dims.heads)
         layers.append(every_layer)
-    if heads == [dims.heads] and layers == [every_layer]:
+    scale_shape = config.start_scale_shape(dims) if config.STARTS_AT_ZERO and config.start_at_zero else ()
+    if heads == [dims.heads] and layers == [every_layer] and not scale_shape:
         return parts[0]
-    return Composed(tuple(parts), dims.heads, tuple(heads), tuple(layers))
+    return Composed(tuple(parts), dims.heads, tuple(heads), tuple(layers), scale_shape)
 
 
 def _rotary_part(config: EncodingConfig, dims: ModelDims) -> nn.Module:
@@ -60,16 +61,20 @@ class Composed(nn.Module):
       heads: number of heads of the model.
       part_heads: heads that get each part, the first ones.
       part_layers: flags of the layers that get each part.
+      start_scale_shape: shape of the learned factors of the first part, which start at 0; () = it has none.
     """
 
     parts: tuple[nn.Module, ...]
     heads: int
     part_heads: tuple[int, ...]
     part_layers: tuple[tuple[bool, ...], ...]
+    start_scale_shape: tuple[int, ...] = ()
 
     def setup(self) -> None:
         """Shares this module's scope with the first part, whose parameters keep their names."""
         nn.share_scope(self, self.parts[0])
+        if self.start_scale_shape:
+            self.start_scale = self.param("start_scale", nn.initializers.zeros, self.start_scale_shape, jnp.float32)
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
@@ -101,6 +106,8 @@ class Composed(nn.Module):
 
     def _joined(self, own: PositionSignal, positions_PLA: jax.Array, shape: tuple[int, ...]) -> PositionSignal:
         """The first part's signal, joined with those of the others."""
+        if self.start_scale_shape:
+            own = own.scaled(self.start_scale)
         signal = own.for_heads(self.part_heads[0], self.heads).for_layers(self.part_layers[0])
         for part, count, flags in zip(self.parts[1:], self.part_heads[1:], self.part_layers[1:], strict=True):
             other = part(positions_PLA, shape=shape).for_heads(count, self.heads).for_layers(flags)

@@ -51,6 +51,25 @@ class RelativeBias:
     heads: int = flax.struct.field(pytree_node=False, default=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaledBias:
+    """A function of `RelativeBias` whose effect is multiplied by a factor of each head.
+
+    Attributes:
+      function: that without the factor.
+    """
+
+    function: Callable[..., tuple[jax.Array | None, jax.Array]]
+
+    def __call__(
+        self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array
+    ) -> tuple[jax.Array | None, jax.Array]:
+        """Returns (factor, addend); params: {"own": those of the function, "start_scale": float32[H]}."""
+        factor, addend = self.function(params["own"], query, key, heads_H)
+        scale_H11 = params["start_scale"][heads_H][:, None, None]
+        return None if factor is None else 1.0 + scale_H11 * (factor - 1.0), scale_H11 * addend
+
+
 @flax.struct.dataclass
 class PositionSignal:
     """The effect of P sets of L positions on tokens, queries, keys and logits. Fields that are None have no effect.
@@ -186,6 +205,28 @@ class PositionSignal:
                 raise ValueError(f"two parts of a position encoding both fill '{field.name}'")
             fields[field.name] = theirs if mine is None else mine
         return PositionSignal(**fields)
+
+    def scaled(self, scale: jax.Array) -> "PositionSignal":
+        """Returns the signal between none, at 0, and itself, at 1.
+
+        Args:
+          scale: float32[H], or [layers, H] where the fields differ by layer; [1] for what is added to tokens.
+        """
+        if self.input_embedding is not None:
+            return self.replace(input_embedding=scale * self.input_embedding)
+        fields: dict[str, Any] = {}
+        for name, neutral in IDENTITY_VALUES.items():
+            pair = getattr(self, name)
+            if pair is None:
+                continue
+            factor = jnp.expand_dims(scale, (-3, -2) if name in self.per_layer_fields else -2)[..., None]
+            parts = [value + factor * (part - value) for part, value in zip(pair, neutral, strict=True)]
+            fields[name] = (parts[0], pair[1] if name == "position_query_key" else parts[1])  # a product, scaled once
+        if self.relative_bias is not None:
+            function = ScaledBias(self.relative_bias.function)
+            fields["relative_bias"] = self.relative_bias.replace(function=function)
+            fields["bias_params"] = {"own": self.bias_params, "start_scale": scale}
+        return self.replace(**fields)
 
     def for_heads(self, count: int, heads: int) -> "PositionSignal":
         """Returns the signal for the first heads of a model; the others see no position.

@@ -15,7 +15,7 @@ from seqpe_jax.encodings.position_signal import Pair, PositionSignal
 from seqpe_jax.encodings.relative_bias import MASKED
 from seqpe_jax.models.attention import position_logits
 from seqpe_jax.models.attention_inputs import apply_relative_bias
-from seqpe_jax.models.transformer import GATES, unstack_layers
+from seqpe_jax.models.transformer import unstack_layers
 
 WITHOUT = {"logit": 0.0, "kernel": 1.0, "factor": 1.0}  # parts of the logits of a layer that gets no position
 MAX_DISTANCES = 256  # of a window, evenly spaced on a logarithmic axis
@@ -131,8 +131,8 @@ def log_gates(network: Any, params: Any, tokens_L: jax.Array, signal: PositionSi
         capture_intermediates=lambda module, method: module.name == "fading" and method == "__call__",
         mutable=["intermediates"],
     )
-    found = [state["intermediates"][f"blocks_{layer}"]["fading"]["__call__"][0][0] for layer in range(config.layers)]
-    return jnp.stack([GATES[config.gate](gate_LH.astype(jnp.float32)) for gate_LH in found])
+    blocks = [state["intermediates"][f"blocks_{layer}"] for layer in range(config.layers)]
+    return jnp.stack([block["fading"]["__call__"][0][0] for block in blocks])
 
 
 def mean_gate_products(log_gate_NLH: jax.Array, distances_D: jax.Array) -> jax.Array:

@@ -311,6 +311,7 @@ def _network(config: Config, data_spec: DataSpec) -> Decoder | ViT:
         matmul_precision=matmul_precision(config),
         gate="" if encoding.gate == "none" else encoding.gate,
         gate_bias_init=encoding.gate_bias_init,
+        gate_start_at_zero=encoding.gate != "none" and encoding.start_at_zero,
         parabolas=encoding.resolved(config.dims).parabolas,
     )
     if model.kind == "vit":

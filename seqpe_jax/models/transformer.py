@@ -23,7 +23,7 @@ from seqpe_jax.axes import (
     with_logical_constraint,
 )
 from seqpe_jax.encodings.digit_encoder import ACTIVATIONS
-from seqpe_jax.encodings.position_signal import Pair, PositionSignal, broadcast_to_batch
+from seqpe_jax.encodings.position_signal import Pair, PositionSignal, broadcast_to_batch, clip_straight_through
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, attention_weights
 from seqpe_jax.models.attention_inputs import ATTENTION_RESULT
 from seqpe_jax.models.attention_tpu import AUTO_BLOCKS, KernelBlocks
@@ -89,6 +89,7 @@ class TransformerConfig:
       scale_residual: initial weights of residual projections are smaller by sqrt(2 * layers).
       gate: one of `GATES`, or "" for none.
       gate_bias_init: forget gates start near sigmoid(gate_bias_init).
+      gate_start_at_zero: log gates are multiplied by factors that start at 0.
       parabolas: M of a signal's `parabola`; 0 = it has none.
       norm, norm_placement, mlp, bias, qk_norm, residual, attention_cap, logit_cap, embedding_multiplier,
         residual_multiplier, logit_multiplier, window, window_layers: see `config.decoder_presets.Parts`.
@@ -120,6 +121,7 @@ class TransformerConfig:
     scale_residual: bool = True
     gate: str = ""
     gate_bias_init: float = 0.0
+    gate_start_at_zero: bool = False
     parabolas: int = 0
     norm: str = "layer_norm"
     norm_placement: str = "pre"
@@ -240,6 +242,27 @@ def make_norm(config: TransformerConfig, dims: int = 1) -> nn.Module:
     return RMSNorm(config.layer_norm_epsilon, config.dtype, config.norm == "rms_norm_plus_one", dims)
 
 
+class ForgetGate(Linear):
+    """The log gate of each token and head, at most 0, from the token.
+
+    Attributes:
+      gate: one of `GATES`.
+      start_at_zero: it is multiplied by a learned factor of each head, at least 0, which starts at 0: it lets all through.
+    """
+
+    gate: str = "forget"
+    start_at_zero: bool = False
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        """Returns float32[B, L, H]."""
+        log_gate_BLH = GATES[self.gate](super().__call__(x_BLD).astype(jnp.float32))
+        if not self.start_at_zero:
+            return log_gate_BLH
+        scale_H = self.param("scale", nn.initializers.zeros, self.shape[1:], jnp.float32)
+        return clip_straight_through(scale_H, (0.0, math.inf)) * log_gate_BLH
+
+
 def cumsum(log_gate_BLH: jax.Array) -> jax.Array:
     """Returns the cumulative sum along L, float32[B, L, H]; L may be symbolic, which jnp.cumsum does not export."""
     if isinstance(log_gate_BLH.shape[1], int):
@@ -321,7 +344,16 @@ class Block(nn.Module):
         if config.gate:
             bias = {"forget": config.gate_bias_init, "cable": -config.gate_bias_init}[config.gate]
             # The name is that of its parameters in checkpoints.
-            self.forget_gate = linear((width, heads), (WIDTH, HEADS), bias_init=bias, name="fading")
+            self.forget_gate = ForgetGate(
+                (width, heads),
+                (WIDTH, HEADS),
+                config.dtype,
+                normal(config.init_std),
+                bias_init=bias,
+                gate=config.gate,
+                start_at_zero=config.gate_start_at_zero,
+                name="fading",
+            )
         if config.parabolas:
             sizes = (width, 2, heads, config.parabolas)
             self.parabola_shape = linear(sizes, (WIDTH, None, HEADS, None), bias_init=None)
@@ -404,7 +436,7 @@ class Block(nn.Module):
         """Log forget gate of each token and head, float32[B, L, H], at most 0; None without gates."""
         if not self.config.gate:
             return None
-        return GATES[self.config.gate](self.forget_gate(self._normed(x_BLD, 1)).astype(jnp.float32))
+        return self.forget_gate(self._normed(x_BLD, 1))
 
     def _with_parabolas(self, x_BLD: jax.Array, signal: PositionSignal) -> PositionSignal:
         """The signal of this layer with its `parabola`, if it has one, as position queries and keys of each sample."""
