@@ -113,6 +113,17 @@ def test_difference_names_the_fields_that_differ():
         ({"eval.contexts": (64, 32), "eval.stride": 32}, ["eval.stride=32", "less than the smallest", "32"]),
         ({"eval.contexts": (64,), "eval.targets": 31}, ["eval.targets=31", "less than the 32 targets of one window"]),
         ({"model.heads": 5}, ["model.width=96", "model.heads=5"]),
+        ({"model.kv_heads": 3}, ["model.kv_heads=3", "model.heads=4"]),
+        ({"model.kv_heads": 2, "mesh.tensor": 4}, ["model.kv_heads=2", "mesh.tensor=4"]),
+        ({"model.window": 8, "model.window_layers": (1, 0, 1, 0)}, ["model.window_layers has 4", "model.layers=3"]),
+        ({"model.window": 8, "model.window_layers": (2,)}, ["model.window_layers", "at most 1"]),
+        ({"model.window_layers": (1, 0)}, ["model.window_layers is not read here", "model.window"]),
+        (
+            {"model.kind": "llama", "model.activation": "relu"},
+            ["model.activation is not read here", "model.mlp='plain'"],
+        ),
+        ({"model.kind": "llama3"}, ["model.kind", "'llama'"]),
+        ({"model.kind": "vit"}, ["model.kind='vit'", "llama"]),
         ({"model.kernel_block_k": 500}, ["model.kernel_block_k=500", "multiple of 128"]),
         ({"model.kernel_block_q_backward": 512}, ["needs model.kernel_block_q:"]),
         (

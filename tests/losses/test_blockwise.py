@@ -27,13 +27,13 @@ MESHES = {
 
 
 @functools.cache
-def example(tied: bool = True):
-    """(network, variables, signal, batch) of one layer."""
+def example(tied: bool = True, **fields):
+    """(network, variables, signal, batch) of one layer; fields: of the network."""
     positions_PLA = jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None]
     signal = SIGNAL.apply(
         SIGNAL.init(jax.random.PRNGKey(0), positions_PLA, shape=(LENGTH,)), positions_PLA, shape=(LENGTH,)
     )
-    network = Decoder(TransformerConfig(layers=1, width=WIDTH, heads=4, init_std=0.5), VOCABULARY, tied)
+    network = Decoder(TransformerConfig(layers=1, width=WIDTH, heads=4, init_std=0.5, **fields), VOCABULARY, tied)
     draw = np.random.default_rng(1)
     tokens = jnp.asarray(draw.integers(0, VOCABULARY, (BATCH, LENGTH + 1)), jnp.int32)
     batch = {"tokens": tokens, "weights": jnp.asarray(draw.integers(0, 3, (BATCH, LENGTH)), jnp.float32)}
@@ -41,9 +41,9 @@ def example(tied: bool = True):
     return network, variables, signal, batch
 
 
-def loss_and_gradients(tied: bool = True, weighted: bool = True, mesh=None):
+def loss_and_gradients(tied: bool = True, weighted: bool = True, mesh=None, **fields):
     """The jitted training loss of parameters, with their gradients."""
-    network, _, signal, batch = example(tied)
+    network, _, signal, batch = example(tied, **fields)
     batch = batch if weighted else {"tokens": batch["tokens"]}
 
     def loss(params):
@@ -66,15 +66,16 @@ def close(found, expected):
 
 @pytest.mark.parametrize("name, tied, weighted", [(name, name != "fsdp", name != "one device") for name in MESHES])
 def test_blocks_have_the_loss_and_gradients_of_all_logits(name, tied, weighted, monkeypatch):
-    params = example(tied)[1]["params"]
-    expected = loss_and_gradients(tied, weighted)(params)
+    fields = {"logit_multiplier": 3.0, "logit_cap": 2.0} if name == "fsdp" else {}  # about the size of the logits
+    params = example(tied, **fields)[1]["params"]
+    expected = loss_and_gradients(tied, weighted, **fields)(params)
     mesh = MESHES[name] and make_mesh(*MESHES[name])
     if mesh is not None:
         shapes = abstract_state_with_shardings(mesh, {"params": {"model": params}})[0]["params"]["model"]
         params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes))
     monkeypatch.setattr(blockwise, "LOGITS_PER_BLOCK", 100)
     calls = count_calls("weighted_loss", monkeypatch)
-    close(loss_and_gradients(tied, weighted, mesh)(params), expected)
+    close(loss_and_gradients(tied, weighted, mesh, **fields)(params), expected)
     assert calls
 
 

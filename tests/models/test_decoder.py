@@ -1,4 +1,4 @@
-"""GPT-2 with every encoding: causality, shifted windows, recomputation, dropout, initial weights."""
+"""A decoder with every encoding: causality, shifted windows, recomputation, dropout, initial weights; parts that differ by layer."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from seqpe_jax.config import ENCODINGS, ModelDims
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.models.decoder import Decoder
-from seqpe_jax.models.transformer import TransformerConfig
+from seqpe_jax.models.transformer import TransformerConfig, stack_layers
 from tests.tiny import draw_params
 
 pytestmark = pytest.mark.slow
@@ -165,3 +165,31 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_logits(plain):
     np.testing.assert_allclose(logits_BLV, exact_BLV, atol=0.05 * np.abs(exact_BLV).max())
     fresh = jax.eval_shape(model.init, KEY, TOKENS_BL, signal)
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+
+
+def test_layers_that_differ_are_scanned_together_and_decoded_over_rings():
+    """Windows in every other layer, no positions in the last of four, shared heads of keys, and all other parts of Gemma 2."""
+    fields = {"norm": "rms_norm_plus_one", "norm_placement": "both", "mlp": "geglu", "bias": "none", "qk_norm": "all"}
+    fields |= {"attention_cap": 2.0, "logit_cap": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.7}
+    fields |= {"layers": 4, "kv_heads": 1, "head_width": 6, "window": 3, "window_layers": (True, False) * 2}
+    angles = random(0, 1, 1)
+    rotation = PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles)))
+    signal = rotation.for_layers((True, True, True, False))
+    model, scanned = model_of(**fields), model_of(**fields, scan=True, remat="full")
+    variables = draw_params(jax.eval_shape(model.init, KEY, TOKENS_BL, signal), 0.5)
+    stacked = {"params": stack_layers(variables["params"], 4)}
+    whole = jax.jit(model.apply)(variables, TOKENS_BL, signal)
+    np.testing.assert_allclose(jax.jit(scanned.apply)(stacked, TOKENS_BL, signal), whole, atol=2e-6)
+    program = jax.make_jaxpr(scanned.apply)(stacked, TOKENS_BL, rotation)
+    assert [one.params["length"] for one in program.eqns if one.primitive.name == "scan"] == [2]  # of two layers each
+
+    cache = scanned.init_cache(2, LENGTH, signal)
+    assert [one.key.shape for one in cache] == [(2, rows, 1, 6) for rows in (3, LENGTH, 3, LENGTH)]
+    run = jax.jit(functools.partial(scanned.apply, stacked, method="forward_cached"))
+    states, cache = run(TOKENS_BL[:, :4], signal, cache, jnp.arange(4)[None])
+    parts = [states]
+    for index in range(4, LENGTH):
+        states, cache = run(TOKENS_BL[:, index : index + 1], signal, cache, jnp.full((1, 1), index))
+        parts.append(states)
+    logits = model.apply(variables, jnp.concatenate(parts, axis=1), method="logits")
+    np.testing.assert_allclose(logits, whole, atol=2e-5)

@@ -1,12 +1,14 @@
 """The benchmark command: every mode, ratios of turns, and what it refuses."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.models.build import model_flops
+from seqpe_jax.models.build import DataSpec, ModelSpec, keys_per_query, model_flops
+from seqpe_jax.models.flops import param_matmul_flops
 from seqpe_jax.profiling.benchmark import flops_per_call
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import CONFIG
@@ -109,6 +111,20 @@ def test_flops_are_counted_from_the_sizes():
     )
     images = model_flops(config.load("configs/digits_vit.py:none"), 0, tokens=16, training=False)
     assert images["mfu"] == images["mfu_full_attention"]  # each patch sees all others
+    llama = tiny_config(
+        variant="rotary", model__kind="llama", model__kv_heads=1, model__head_width=8, model__mlp_width=40
+    )
+    model_spec = ModelSpec.of(llama, DataSpec(vocabulary=256))
+    traced = param_matmul_flops(
+        lambda params, inputs: model_spec.logits(params, inputs), model_spec.shapes, model_spec.inputs
+    )
+    assert model_flops(llama, 256, tokens=length, training=False)["mfu_full_attention"] == traced
+    windows = dataclasses.replace(llama.model, layers=3, window=4, window_layers=(1, 0))
+    most = 4 + length + 4
+    assert keys_per_query(dataclasses.replace(llama, model=windows)) == (
+        most - (16 + length**2 + 16) / (2 * length),
+        most,
+    )
     gated = tiny_config(model__vocabulary=256, encoding__gate="forget")  # a number for each of two heads
     counted = model_flops(gated, 256, tokens=2 * length, training=False)
     assert counted["mfu_full_attention"] == forward + 2 * length * 2 * width * 2

@@ -14,7 +14,8 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.encodings import digit_encoder, seqpe
-from seqpe_jax.training.step import TrainState
+from seqpe_jax.models.transformer import stack_layers
+from seqpe_jax.training.step import TrainState, create_train_state
 from seqpe_jax.training.trainer import Trainer
 from tests.inference.test_export import vit_config
 from tests.tiny import random_params, random_state, tiny_config, tokens
@@ -137,6 +138,23 @@ def test_meshes_equal_one_device(with_offsets, single, sizes, monkeypatch):
         assert levels[-1][-1] == rows // 8 and f"f32[{sum(levels[-1]) + levels[-1][-1]},96]" in program
     else:
         assert not levels and f"f32[{rows // 8},{places},96]" in program
+
+
+def test_scanned_layers_of_a_llama_on_a_mesh_equal_blocks_on_one_device():
+    """With shared heads of keys, a window in every other layer, norms of queries and keys, and factors."""
+    parts = {"kind": "llama", "layers": 2, "heads": 4, "kv_heads": 2, "window": 5, "window_layers": (1, 0)}
+    parts |= {"qk_norm": "all", "norm_placement": "both", "logit_multiplier": 2.0, "logit_cap": 5.0, "tied": False}
+    fields = {f"model__{name}": value for name, value in parts.items()}
+    settings = functools.partial(tiny_config, variant="rotary", optimizer__epsilon=1e-3, **fields)
+    plain = run(settings(), jax.devices()[:1])
+    stacked = plain.before.params | {"model": stack_layers(plain.before.params["model"], 2)}
+    start = create_train_state(stacked, plain.parts.optimizer, plain.before.key)
+    mesh = {"mesh__fsdp": 2, "mesh__tensor": 2}
+    split = run(settings(model__scan=True, model__remat="full", **mesh), jax.devices()[:4], jax.device_get(start))
+    np.testing.assert_allclose(split.losses, plain.losses, rtol=1e-5)
+    expected = stack_layers(plain.params["model"], 2)
+    for one, other in zip(jax.tree.leaves(split.params["model"]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max() + 1e-6)
 
 
 def test_a_mesh_equals_one_device_on_images(images, single_images):
