@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,8 +131,8 @@ def _write_tokenizer(model: Any, folder: pathlib.Path) -> dict[str, Any]:
     if source is not None and not model.folder:  # a folder of Hugging Face: its files as they are
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        settings = hf.read_mapping(pathlib.Path(source) / "config.json", missing=True)
+                (folder / name).write_bytes((source / name).read_bytes())
+        settings = hf.read_mapping(source / "config.json", missing=True)
         return {name: settings[name] for name in TOKEN_IDS if settings.get(name) is not None}
     token_ids = RunDir(source).conversion.get("settings", {}) if source is not None else {}
     stored = source / TOKENIZER_FILE if source is not None else None

@@ -692,7 +692,9 @@ def settings_of(config: Config) -> tuple[Family, dict[str, Any]]:
         if not lacks:
             return family, settings
         reasons.append((len(lacks), f"{family.kind} has {', '.join(lacks)}"))
-    nearest = min(reasons[1:] if reasons[0][0] else reasons, key=lambda reason: reason[0], default=reasons[0])
+    own = families[0].kind == config.model.kind
+    counted = [] if own else [reason for reason in reasons if reason[0]]
+    nearest = min(counted, key=lambda reason: reason[0], default=reasons[0])
     raise InputError(f"no architecture of Hugging Face has all parts of this model ({nearest[1]}); {EXPORT_HINT}")
 
 
