@@ -223,13 +223,19 @@ def _sizes(epsilon: str, default_epsilon: float, tied: bool) -> tuple[Part, ...]
 
 def _heads(kv_heads: int | None = None, head_width: int | None = None) -> Part:
     """Heads of keys and values, and the width of a head; arguments: defaults, None = as many as queries, width / heads."""
+
+    def read(known: Settings) -> dict[str, Any]:
+        heads, width = known["num_attention_heads"], known["hidden_size"]
+        kv_heads, head_dim = known["num_key_value_heads"] or heads, known["head_dim"] or width // heads
+        return {
+            "kv_heads": 0 if kv_heads == heads else kv_heads,
+            "head_width": 0 if head_dim * heads == width else head_dim,
+        }
+
     return Part(
         {"num_key_value_heads": (int, kv_heads), "head_dim": (int, head_width)},
-        lambda known: {"kv_heads": known["num_key_value_heads"] or 0, "head_width": known["head_dim"] or 0},
-        lambda config: {
-            "num_key_value_heads": config.model.parts.kv_heads,
-            "head_dim": config.model.parts.head_width,
-        },
+        read,
+        lambda config: {"num_key_value_heads": config.model.parts.kv_heads, "head_dim": config.model.parts.head_width},
     )
 
 
