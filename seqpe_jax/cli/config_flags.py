@@ -37,8 +37,8 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string(
         "config",
         None,
-        "config file, FILE.py or FILE.py:VARIANT, or the folder of a run, an export or a checkpoint, FOLDER or "
-        "FOLDER:ENCODING; --config.SECTION.FIELD=VALUE sets a field (--help=SECTION, --helpfull: all fields)",
+        "config file, FILE.py or FILE.py:VARIANT, or the folder of a run, an export or a checkpoint: FOLDER, "
+        "FOLDER:ENCODING or FOLDER:ENCODING+rotary (beside its RoPE); --config.SECTION.FIELD=VALUE sets a field (--help=SECTION, --helpfull: all fields)",
         flag_values=flag_values,
     )
     for name, kind in config.field_types().items():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax import config as configs
-from seqpe_jax.config import Config, ModelConfig, SeqPEConfig
+from seqpe_jax.config import Config, ModelConfig, RotaryConfig, SeqPEConfig
 from seqpe_jax.distributed import sharding
 from seqpe_jax.encodings.absolute import resize_table
 from seqpe_jax.errors import InputError
@@ -42,12 +42,10 @@ FREE_ENCODING = {
     "gate_bias_init",
     "fire_scale",
     "kerple_scale",  # of a fresh model
-    "log_scaling",
-    "yarn_beta_fast",
-    "yarn_beta_slow",  # within the lengths of training these change nothing
+    "log_scaling",  # within the lengths of training it changes nothing
 }
 # Fields that add something next to the encoding's own parameters, which mean the same with and without.
-PARTS = {"gate", "rotary_pairs", "rotary_heads", "theta", "scaling", "resize"}
+PARTS = {"gate", "rotary_heads", "rotary_layers", "layers_with", "resize", *RotaryConfig.rope_fields()}
 FREE_MODEL = {
     "dropout",
     "attention_dropout",
