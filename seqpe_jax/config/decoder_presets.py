@@ -197,3 +197,22 @@ def by_layer(pattern: tuple[int, ...], layers: int) -> tuple[bool, ...]:
       layers: number of layers.
     """
     return tuple(bool(pattern[layer % len(pattern)]) if pattern else True for layer in range(layers))
+
+
+def presets_table() -> str:
+    """Returns the table of docs/models.md, in markdown."""
+    names = ("norm", "norm_placement", "mlp", "bias", "qk_norm", "residual")
+    rows = [f"| kind | families | {' | '.join(names)} | further |", f"|{' --- |' * (len(names) + 3)}"]
+    for kind, preset in PRESETS.items():
+        further = []
+        for field in dataclasses.fields(preset):
+            value = getattr(preset, field.name)
+            if field.name not in ("family", *names) and value != field.default:
+                further.append(f"{field.name} {value.text if isinstance(value, BySize) else _short(value)}")
+        cells = [f"`{kind}`", preset.family, *(getattr(preset, name) for name in names), ", ".join(further)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _short(value: float | tuple[int, ...]) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"

@@ -81,7 +81,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Transformer over tokens or patches; '' or 0 in the parts of a block = as `kind` has it (docs/design.md)."""
+    """Transformer over tokens or patches; '' or 0 in the parts of a block = as `kind` has it (docs/models.md)."""
 
     kind: Kind = _field("gpt2", "network: vit for images and videos, a decoder with the parts of its name for text")
     vocabulary: int = _field(

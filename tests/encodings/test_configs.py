@@ -219,7 +219,7 @@ def test_a_new_encoding_takes_one_class_and_one_entry(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["encoding"]["steepness"] == 0.25
 
 
-def test_the_table_of_the_documentation_is_that_of_the_classes():
+def test_the_tables_of_the_documentation_are_those_of_the_package():
     path = ROOT / "benchmarks" / "encodings_table.py"
     spec = importlib.util.spec_from_file_location("encodings_table", path)
     script = importlib.util.module_from_spec(spec)

@@ -293,6 +293,8 @@ def shrunken(name, folder):
     shipped = config.load(path)
     values = SHRUNKEN | (SHRUNKEN_SEQPE if shipped.encoding.HAS_VECTORS else {})
     values |= {"objective.shift.sets": min(8, shipped.objective.shift.sets)}
+    if shipped.model.kv_heads:
+        values |= {"model.kv_heads": 1}
     if shipped.encoding.position_heads:
         values |= {"encoding.position_heads": 1, "objective.contrastive.head_scales": (4.0,)}
     least = {"rotary_heads": 1, "rotary_pairs": len(shipped.grid)}  # each axis has a pair at least
