@@ -19,14 +19,14 @@ from seqpe_jax.reporting import plot_style, plots
 from seqpe_jax.reporting.study import Study
 
 STUDIES = {
-    "study_text_fair": plots.extrapolation,
+    "study_text_fair+study_seqpe_recipe": plots.extrapolation,
     "study_text": plots.extrapolation,
     "questions": plots.extrapolation_answers,
     "study_images": plots.extrapolation_sizes,
 }
 # Rows of a study that has more of them than curves are distinguishable.
 ROWS = {
-    "study_text_fair": ("seqpe", "fox", "cable", "alibi", "rotary", "scale_invariant"),
+    "study_text_fair": ("seqpe", "seqpe_recipe", "fox", "cable", "alibi", "rotary", "scale_invariant"),
     "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
     "study_images": ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "learned", "fire", "rotary"),
 }
@@ -36,7 +36,7 @@ DIGEST = "Source"  # of the PNG's texts
 def shown(name: str) -> Study:
     """Returns a stored study, of the rows that are drawn."""
     study = study_of(name)
-    return dataclasses.replace(study, runs=[run for run in study.runs if run.row in ROWS.get(name, (run.row,))])
+    return dataclasses.replace(study, runs=[run for run in study.runs if run.row in ROWS.get(study.name, (run.row,))])
 
 
 def update(check: bool) -> int:
@@ -45,18 +45,23 @@ def update(check: bool) -> int:
     for name, draw in STUDIES.items():
         if not is_stored(name):
             continue
-        path = STORED / f"{name}.png"
-        of = (STORED / f"{name}.csv").read_bytes() + repr(ROWS.get(name)).encode()
+        parts = name.split("+")
+        path = STORED / f"{parts[0]}.png"
+        files = [STORED / f"{part}.csv" for part in parts if is_stored(part)]
+        of = b"".join(file.read_bytes() for file in files) + repr(ROWS.get(parts[0])).encode()
         digest = hashlib.sha256(of).hexdigest()
         if path.exists() and Image.open(path).text.get(DIGEST) == digest:
             continue
         stale += 1
         if check:
-            print(f"docs/results/{name}.png is not of {name}.csv: run benchmarks/results.py", file=sys.stderr)
+            print(
+                f"docs/results/{path.name} is not of {' and '.join(file.name for file in files)}: run benchmarks/results.py",
+                file=sys.stderr,
+            )
             continue
         with matplotlib.rc_context(plot_style.RC_PARAMS):
             plot = draw(shown(name))
             plot.figure.savefig(path, dpi=plot_style.DPI, metadata={DIGEST: digest})
         plots.close(plot)
-        print(f"written: docs/results/{name}.png")
+        print(f"written: docs/results/{path.name}")
     return int(check and stale > 0)

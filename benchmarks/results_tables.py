@@ -1,7 +1,7 @@
 """The tables and sentences of README.md and docs/ from the stored results of the studies; `results.py` is the command.
 
 Each stands between its mark and `<!-- end of KIND -->`. STUDIES are names of studies, comma-separated: the first that has
-results is taken.
+results is taken. A name may be FIRST+SECOND, with the rows of both.
 
 - `<!-- results: STUDIES METRIC [rows] -->`: a line for each row, or for those named (comma-separated, in that order), a
   column for each evaluated length or size, with means, intervals and tests over all rows of the study as a report has them
@@ -10,7 +10,7 @@ results is taken.
 - `<!-- parts: STUDIES -->`: the parts, learning rates and constants that trials chose.
 - `<!-- significance: STUDIES METRIC [labels]; ... -->`: for each length or size, or for those named, the row with the best mean,
   those that are significantly worse, those that tie with it, in the order of their means, and those that are not tested.
-- `<!-- headline: STUDIES METRIC ROW -->`: the plot of the study, the outcome for a row against the strongest other encoding,
+- `<!-- headline: STUDIES METRIC ROWS -->`: the plot of the study, the outcome for rows against the strongest other encoding,
   and how far a study has come that is not finished.
 """
 
@@ -94,42 +94,46 @@ def parts_table(name: str) -> str:
     return f"{tables.markdown(found)}\n{tables.escape(found.note)}\n\n{_progress(study)}"
 
 
-def headline(page: pathlib.Path, names: str, key: str, row: str) -> str:
-    """Returns the plot of a study, the outcome for a row, and how far a study has come that is not finished.
+def headline(page: pathlib.Path, names: str, key: str, rows: str) -> str:
+    """Returns the plot of a study, the outcome for rows, and how far a study has come that is not finished.
 
     Args:
       page: page on which it stands.
-      names: studies, comma-separated; the first that has a outcome is taken.
+      names: studies, comma-separated; the first that has an outcome is taken.
       key: metric.
-      row: row of the study.
+      rows: rows of the study, comma-separated; those that it does not have are left out.
     """
     for name in filter(is_stored, names.split(",")):
         study = study_of(name)
         kind, metric = metric_of(study, key)
-        if found := outcomes(study, kind, metric, row):
+        by_row = [outcomes(study, kind, metric, row) for row in rows.split(",") if row in study.rows]
+        if by_row := [own for own in by_row if own]:
             break
     else:
-        raise ValueError(f"{names}: no study compares {row} with another encoding")
-    shown = [f"{own[0].text}, {own[1].text} to {own[len(found)].text}" for own in _shown(name, study, kind, metric)]
-    plot = f"{'docs/' * (page.name == 'README.md')}results/{name}.png"
+        raise ValueError(f"{names}: no study compares {rows} with another encoding")
+    found = by_row[0]
+    shown = [f"{own[0].text}, {own[1].text} to {own[len(found)].text}" for own in _shown(study, kind, metric)]
+    plot = f"{'docs/' * (page.name == 'README.md')}results/{study.name}.png"
     alt = f"{metric.title} at {found[0].label} to {found[-1].label}, {metric.direction}: {'; '.join(shown)}"
     seeds = sorted({sum(run.evaluated for run in study.runs_of(one)) for one in study.rows} - {0})
-    task = TASKS[name].capitalize()
-    words = f"**{task}: {outcome_sentence(found, metric)}** {metric.title}, {metric.direction}; "
+    task = TASKS[study.name].capitalize()
+    said = " ".join(outcome_sentence(own, metric) for own in by_row)
+    words = f"**{task}: {said}** {metric.title}, {metric.direction}; "
     words += (
         f"means of {' or '.join(map(str, seeds))} seeds, with Holm's correction; a tie means that the seeds do not "
     )
     words += "separate two encodings."
-    unfinished = [one for one in names.split(",") if one in planned_studies() and _unfinished(study_of(one))]
-    caveats = [OLDER] if name not in planned_studies() else []
+    planned = [one for one in names.split(",") if one.partition("+")[0] in planned_studies()]
+    unfinished = [one for one in planned if _unfinished(study_of(one))]
+    caveats = [OLDER] if name not in planned else []
     text = " ".join([words, *caveats, *(_progress(study_of(one)).strip() for one in unfinished)])
     return f"![{tables.escape(alt)}]({plot})\n\n{text}\n"
 
 
-def _shown(name: str, study: Study, kind: str, metric: tables.Metric) -> list[tables.Cell]:
+def _shown(study: Study, kind: str, metric: tables.Metric) -> list[tables.Cell]:
     """The lines of the table of results of the rows in a study's plot."""
     lines = tables.by_size(study, kind, metric).rows
-    return [line for line in lines if line[0].text in ROWS.get(name, (line[0].text,)) and not line[1].missing]
+    return [line for line in lines if line[0].text in ROWS.get(study.name, (line[0].text,)) and not line[1].missing]
 
 
 def _unfinished(study: Study) -> list[str]:
@@ -148,12 +152,14 @@ def _progress(study: Study) -> str:
     words += f"{', '.join(missing)}."
     best: dict[str, tuple[float, str, int]] = {}
     for row in study.rows:
-        trials = next(iter(study.sweep_trials[study.runs_of(row)[0].name]["best"].values()))
-        metric = trials["minimise"]
+        trials = next(iter(study.sweep_trials[study.runs_of(row)[0].name]["best"].values()), None)
+        if trials is None:
+            continue
+        metric = trials.get("minimise") or trials["maximise"]
         own = {run.name: last_measured(run, metric) for run in study.tuning_runs if run.name in trials["runs"]}
         known = {trial: value for trial, value in own.items() if value is not None}
         if known and row in missing:
-            first = min(known, key=known.__getitem__)
+            first = (min if "minimise" in trials else max)(known, key=known.__getitem__)
             best[row] = known[first], first, len(known)
     if best:
         each = [f"{trial} {value:.3f} (of {count} trials)" for value, trial, count in sorted(best.values())]
@@ -178,7 +184,7 @@ def significance_table(studies: str) -> str:
         wanted = labels[0].split(",") if labels else None
         for result in significance_tests(study, kind, metric):
             if wanted is None or result.label in wanted:
-                lines.append([TASKS[name]] * many + [title(study, result.label), *_row_names(result, many)])
+                lines.append([TASKS[study.name]] * many + [title(study, result.label), *_row_names(result, many)])
     header = ["task"] * many + ["evaluated at", "best mean", "worse", "ties with it", "not tested"]
     if all(line[-1] == tables.MISSING for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]

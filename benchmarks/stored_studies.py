@@ -6,6 +6,7 @@ docs/results/work.json, which `results.py --work` writes from the configs of the
 """
 
 import csv
+import dataclasses
 import functools
 import json
 import pathlib
@@ -30,7 +31,8 @@ def planned_studies() -> tuple[str, ...]:
 
 
 def is_stored(name: str) -> bool:
-    """Returns whether a study has results of rows, not only trials."""
+    """Returns whether a study has results of rows, not only trials; of studies that are joined, the first."""
+    name = name.partition("+")[0]
     if name in planned_studies():
         return any(run.evaluated for run in study_of(name).runs)
     return (STORED / f"{name}.csv").exists()
@@ -46,8 +48,18 @@ def first_stored(names: str) -> str:
 def study_of(name: str) -> Study:
     """Returns a stored study: the results of its runs, where they were trained, and what their models cost.
 
-    Of a CSV file, a run's row is its name less its seed. Results by training step have the step as their label.
+    "FIRST+SECOND" has the rows of both, under the name of the first; the second may be missing. Of a CSV file, a run's row is its name less its seed. Results by training step have the step as their label.
     """
+    if "+" in name:
+        first, *others = (study_of(part) for part in name.split("+") if part in planned_studies() or is_stored(part))
+        return dataclasses.replace(
+            first,
+            runs=[*first.runs, *(run for study in others for run in study.runs)],
+            tuning_runs=[*first.tuning_runs, *(run for study in others for run in study.tuning_runs)],
+            sweep_trials=first.sweep_trials
+            | {key: trial for study in others for key, trial in study.sweep_trials.items()},
+            not_begun=[*first.not_begun, *(row for study in others for row in study.not_begun)],
+        )
     if name in planned_studies():
         return read_stored_study(STORED / f"{name}.json")
     with (STORED / f"{name}.csv").open() as file:

@@ -489,6 +489,16 @@ def test_growth_is_drawn_from_what_is_stored(tmp_path, monkeypatch):
     assert (tmp_path / "docs/results/growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_quickstart_gives_fox_the_rotary_pairs_of_seqpe_and_open_gates():
+    script = (LAUNCH / "quickstart.sh").read_text()
+    [kinds], [parts] = re.findall(r"for kind in (.*); do", script), re.findall(r'== fox \]\] && parts="(.*)"', script)
+    fields = dict(re.findall(r"--config\.([\w.]+)=(\d+)", parts))
+    path = str(ROOT / "configs" / "stdlib_lm.py")
+    seqpe, fox = config.load(path), config.load(f"{path}:fox", {name: int(value) for name, value in fields.items()})
+    assert kinds.split() == ["seqpe", "fox", "rotary"] and fox.encoding.name == "fox" and len(fields) == 2
+    assert fox.encoding.rotary_pairs == seqpe.encoding.rotary_pairs > 0 and fox.encoding.gate_bias_init >= 4
+
+
 def test_the_quickstart_knows_which_runs_are_evaluated(tmp_path, monkeypatch):
     """Its line of Python exits with 0 for an evaluation of the last step, and else with another code."""
     [line] = re.findall(r"evaluated='([^']*)'", (LAUNCH / "quickstart.sh").read_text())

@@ -15,7 +15,7 @@ Hardware: two CPU cores, one for each of two runs at once; about five hours, the
 docs/results/study_images.json holds the runs of a study that offered these parts to some encodings alone.
 """
 
-from seqpe_jax.sweeps import choose_parts_then_repeat
+from seqpe_jax.sweeps import fair_study, product
 
 CONFIG = "configs/digits_vit.py"
 SHOWN = ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere")
@@ -39,45 +39,40 @@ TAKES = {
 RATES = {"optimizer.learning_rate": (2e-3, 1e-3, 4e-3, 1.4e-3, 2.8e-3, 5e-4, 8e-3, 7e-4, 5.6e-3)}
 
 
-def _each(field, *values):
-    return [{field: value} for value in values]
-
-
 # Lengths of other papers and what derives from one, from the authors' number to their share of a 4 x 4 grid.
 CONSTANTS = {
-    "seqpe": _each("objective.contrastive.weight", 0.02, 0.5),
-    "rotary_mixed": _each("encoding.theta", 10.0, 30.0),
-    "rotary_axial": _each("encoding.theta", 10.0, 30.0),
-    "sinusoidal": _each("encoding.theta", 10.0, 30.0),
-    "rotary": _each("encoding.theta", 100.0, 1000.0),
-    "alibi_grid": _each("encoding.slope_scale", 0.5, 2.0),
-    "lookhere": _each("encoding.directed_heads", 2, 4),
-    "pape": _each("encoding.parabolas", 4, 10),
-    "fire_signed": _each("encoding.fire_scale", 3.0, 36.0),
-    "fire": _each("encoding.fire_scale", 3.0, 36.0),
+    "seqpe": product({"objective.contrastive.weight": (0.02, 0.5)}),
+    "rotary_mixed": product({"encoding.theta": (10.0, 30.0)}),
+    "rotary_axial": product({"encoding.theta": (10.0, 30.0)}),
+    "sinusoidal": product({"encoding.theta": (10.0, 30.0)}),
+    "rotary": product({"encoding.theta": (100.0, 1000.0)}),
+    "alibi_grid": product({"encoding.slope_scale": (0.5, 2.0)}),
+    "lookhere": product({"encoding.directed_heads": (2, 4)}),
+    "pape": product({"encoding.parabolas": (4, 10)}),
+    "fire_signed": product({"encoding.fire_scale": (3.0, 36.0)}),
+    "fire": product({"encoding.fire_scale": (3.0, 36.0)}),
 }
 TUNING = {"seed": 0, "eval.every": 800, "eval.sizes": (8, 16)}
 
 
 def runs():
     """Yields (name, overrides) of each run: of the first encodings both stages, then of the others."""
-    for names, seeds in ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))):
-        variants = {name: {"variant": name.removesuffix("_crops").removesuffix("_signed")} for name in names}
-        if "fire_signed" in variants:
-            variants["fire_signed"]["encoding.fire_signed"] = True
-        if "learned_crops" in variants:
-            variants["learned_crops"]["data.augment.crop_scale"] = (0.3, 1.0)
-        parts = {name: {part: PARTS[part] for part in TAKES.get(name, PARTS)} for name in names}
-        for name, own in parts.items():
-            if "zoom" in own:  # the config file has it on
-                variants[name]["objective.zoom.rate"] = 0.0
-        yield from choose_parts_then_repeat(
-            variants,
-            parts,
-            RATES,
-            trials=12,
-            tuning_overrides=TUNING,
-            seeds=dict.fromkeys(names, seeds),
-            minimise="eval/loss@16",
-            constants={name: values for name, values in CONSTANTS.items() if name in names},
-        )
+    names = (*SHOWN, *OTHER)
+    takes = {name: TAKES.get(name, PARTS) for name in names}
+    variants = {name: {"variant": name.removesuffix("_crops").removesuffix("_signed")} for name in names}
+    variants["fire_signed"]["encoding.fire_signed"] = True
+    variants["learned_crops"]["data.augment.crop_scale"] = (0.3, 1.0)
+    for name in names:
+        if "zoom" in takes[name]:  # the config file has it on
+            variants[name]["objective.zoom.rate"] = 0.0
+    yield from fair_study(
+        ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))),
+        variants,
+        PARTS,
+        takes,
+        RATES,
+        constants=CONSTANTS,
+        trials=12,
+        tuning_overrides=TUNING,
+        minimise="eval/loss@16",
+    )

@@ -12,7 +12,7 @@ stored.
 Hardware: two CPU cores, one for each of two runs at once; by the times of questions.py about twenty hours for 90 runs.
 """
 
-from seqpe_jax.sweeps import choose_parts_then_repeat
+from seqpe_jax.sweeps import fair_study, product
 
 CONFIG = "configs/stdlib_qa.py"
 KINDS = ("seqpe", "fox", "cable", "alibi", "kerple", "rotary")
@@ -35,11 +35,11 @@ CONSTANTS = {
         {"objective.contrastive.space": "vectors", SCALES: (), "objective.contrastive.weight": 0.1},
         {"objective.contrastive.space": "vectors", SCALES: (), "objective.contrastive.weight": 0.02},
     ],
-    "rotary": [{"encoding.theta": 100.0}, {"encoding.theta": 1000.0}],
-    "alibi": [{"encoding.slope_scale": 0.5}, {"encoding.slope_scale": 2.0}],
-    "kerple": [{"encoding.kerple_scale": 0.3}, {"encoding.kerple_scale": 3.0}],
-    "fox": [{"encoding.rotary_pairs": 6}, {"encoding.rotary_pairs": 8}],
-    "cable": [{"encoding.rotary_pairs": 6}, {"encoding.rotary_pairs": 8}],
+    "rotary": product({"encoding.theta": (100.0, 1000.0)}),
+    "alibi": product({"encoding.slope_scale": (0.5, 2.0)}),
+    "kerple": product({"encoding.kerple_scale": (0.3, 3.0)}),
+    "fox": product({"encoding.rotary_pairs": (6, 8)}),
+    "cable": product({"encoding.rotary_pairs": (6, 8)}),
 }
 TUNING = {"seed": 0, "eval.every": 4800, "eval.lengths": (128, 512)}
 # SeqPE's page has its parts on; here it begins without them, as the others do.
@@ -56,15 +56,15 @@ def runs():
     """Yields (name, overrides) of each run."""
     variants = {kind: {"variant": kind, "eval.examples": 519} for kind in KINDS}
     variants["seqpe"] |= WITHOUT_PARTS
-    parts = {kind: {part: PARTS[part] for part in TAKES.get(kind, USUAL)} for kind in KINDS}
-    parts["seqpe"]["free_head"] = PARTS["free_head"] | {SCALES: (1.0, 4.0, 16.0)}
-    yield from choose_parts_then_repeat(
+    yield from fair_study(
+        ((KINDS, (1, 2, 3)),),
         variants,
-        parts,
+        PARTS,
+        {kind: TAKES.get(kind, USUAL) for kind in KINDS},
         RATES,
+        own_parts={"seqpe": {"free_head": PARTS["free_head"] | {SCALES: (1.0, 4.0, 16.0)}}},
+        constants=CONSTANTS,
         trials=12,
         tuning_overrides=TUNING,
-        seeds=dict.fromkeys(KINDS, (1, 2, 3)),
         minimise="eval/loss@512",
-        constants=CONSTANTS,
     )

@@ -14,7 +14,7 @@ The forms of scaled RoPE train as RoPE does, and are in study_text's stored resu
 Hardware: two CPU cores, one for each of two runs at once; about seven hours, the strongest encodings first.
 """
 
-from seqpe_jax.sweeps import choose_parts_then_repeat
+from seqpe_jax.sweeps import fair_study, product
 
 CONFIG = "configs/stdlib_lm.py"
 SHOWN = ("seqpe", "fox", "cable", "alibi", "rotary", "scale_invariant")
@@ -40,10 +40,6 @@ TAKES = {
 RATES = {"optimizer.learning_rate": (4e-3, 2e-3, 8e-3, 2.8e-3, 5.6e-3, 1e-3, 1.6e-2, 1.4e-3, 1.1e-2)}
 
 
-def _each(field, *values):
-    return [{field: value} for value in values]
-
-
 # Lengths of other papers and what derives from one, from the authors' share (config/encodings.py) to their number.
 CONSTANTS = {
     "seqpe": [
@@ -51,19 +47,19 @@ CONSTANTS = {
         {"objective.contrastive.space": "vectors", "objective.contrastive.weight": 0.02},
         {"objective.contrastive.space": "logits", "objective.contrastive.weight": 0.02},
     ],
-    "fox": _each("encoding.rotary_pairs", 6, 8),
-    "none": _each("encoding.rotary_pairs", 6, 8),
-    "cable": _each("encoding.rotary_pairs", 6, 8),
-    "rotary": _each("encoding.theta", 100.0, 1000.0),
-    "rotary_mixed": _each("encoding.theta", 100.0, 1000.0),
-    "sinusoidal": _each("encoding.theta", 100.0, 1000.0),
-    "pope": _each("encoding.theta", 100.0, 1000.0),
-    "rope_id": _each("encoding.slowest_period", 16.0, 64.0),
-    "alibi": _each("encoding.slope_scale", 0.5, 2.0),
-    "kerple": _each("encoding.kerple_scale", 0.3, 3.0),
-    "fire": _each("encoding.fire_threshold", 16.0, 128.0),
-    "t5": _each("encoding.t5_max_distance", 64, 128),
-    "scale_invariant": _each("encoding.scale_invariant_tau", 1.0, 3.0),
+    "fox": product({"encoding.rotary_pairs": (6, 8)}),
+    "none": product({"encoding.rotary_pairs": (6, 8)}),
+    "cable": product({"encoding.rotary_pairs": (6, 8)}),
+    "rotary": product({"encoding.theta": (100.0, 1000.0)}),
+    "rotary_mixed": product({"encoding.theta": (100.0, 1000.0)}),
+    "sinusoidal": product({"encoding.theta": (100.0, 1000.0)}),
+    "pope": product({"encoding.theta": (100.0, 1000.0)}),
+    "rope_id": product({"encoding.slowest_period": (16.0, 64.0)}),
+    "alibi": product({"encoding.slope_scale": (0.5, 2.0)}),
+    "kerple": product({"encoding.kerple_scale": (0.3, 3.0)}),
+    "fire": product({"encoding.fire_threshold": (16.0, 128.0)}),
+    "t5": product({"encoding.t5_max_distance": (64, 128)}),
+    "scale_invariant": product({"encoding.scale_invariant_tau": (1.0, 3.0)}),
 }
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 EVALUATED = {"eval.lengths": LENGTHS, "eval.contexts": (64, 256, 1024, 4096), "eval.targets": 4096}
@@ -72,18 +68,17 @@ TUNING = {"seed": 0, "eval.every": 1000, "eval.lengths": (64, 256)}
 
 def runs():
     """Yields (name, overrides) of each run: of the shown encodings both stages, then of the others."""
-    for names, seeds in ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))):
-        variants = {name: {"variant": name, "steps": 1000, **EVALUATED} for name in names}
-        if "seqpe" in variants:
-            variants["seqpe"]["encoding.rotary_pairs"] = 0  # a part, as of the others
-        parts = {name: {part: PARTS[part] for part in TAKES.get(name, USUAL)} for name in names}
-        yield from choose_parts_then_repeat(
-            variants,
-            parts,
-            RATES,
-            trials=12,
-            tuning_overrides=TUNING,
-            seeds=dict.fromkeys(names, seeds),
-            minimise="eval/loss@256",
-            constants={name: values for name, values in CONSTANTS.items() if name in names},
-        )
+    names = (*SHOWN, *OTHER)
+    variants = {name: {"variant": name, "steps": 1000, **EVALUATED} for name in names}
+    variants["seqpe"]["encoding.rotary_pairs"] = 0  # a part, as of the others
+    yield from fair_study(
+        ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))),
+        variants,
+        PARTS,
+        {name: TAKES.get(name, USUAL) for name in names},
+        RATES,
+        constants=CONSTANTS,
+        trials=12,
+        tuning_overrides=TUNING,
+        minimise="eval/loss@256",
+    )

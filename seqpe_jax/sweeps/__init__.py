@@ -19,12 +19,23 @@ if TYPE_CHECKING:
         Range,
         Search,
         choose_parts_then_repeat,
+        fair_study,
         product,
         tune_then_repeat,
         zipped,
     )
 
-__all__ = ["BestOf", "FolderOf", "Range", "Search", "choose_parts_then_repeat", "product", "tune_then_repeat", "zipped"]
+__all__ = [
+    "BestOf",
+    "FolderOf",
+    "Range",
+    "Search",
+    "choose_parts_then_repeat",
+    "fair_study",
+    "product",
+    "tune_then_repeat",
+    "zipped",
+]
 
 
 def __getattr__(name: str) -> Any:

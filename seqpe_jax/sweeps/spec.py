@@ -344,6 +344,46 @@ def choose_parts_then_repeat(
                 yield f"{name}-{seed}", {**overrides, "seed": seed}
 
 
+def fair_study(
+    groups: Iterable[tuple[Iterable[str], Iterable[int]]],
+    variants: Mapping[str, Overrides],
+    parts: Mapping[str, Overrides],
+    takes: Mapping[str, Iterable[str]],
+    grid: Mapping[str, Iterable[Any]],
+    *,
+    own_parts: Mapping[str, Mapping[str, Overrides]] | None = None,
+    constants: Mapping[str, Iterable[Overrides]] | None = None,
+    **options: Any,
+) -> Iterator[tuple[str, Overrides]]:
+    """Yields the runs of `choose_parts_then_repeat` for groups of variants, one group after another.
+
+    Args:
+      groups: names of variants, and the seeds of their final runs.
+      variants: overrides by name, without any part.
+      parts: overrides of each part.
+      takes: names of the parts that each variant can take.
+      grid: one field and its values.
+      own_parts: for some variants, parts that have other overrides there.
+      constants: overrides of a variant's last trials.
+      **options: the other arguments of `choose_parts_then_repeat`, but its seeds.
+
+    Raises:
+      InputError: see `choose_parts_then_repeat`.
+    """
+    own_parts, constants = own_parts or {}, constants or {}
+    for names, seeds in groups:
+        names = list(names)
+        offered = {name: {**parts, **own_parts.get(name, {})} for name in names}
+        yield from choose_parts_then_repeat(
+            {name: variants[name] for name in names},
+            {name: {part: offered[name][part] for part in takes[name]} for name in names},
+            grid,
+            seeds=dict.fromkeys(names, tuple(seeds)),
+            constants={name: constants[name] for name in names if name in constants},
+            **options,
+        )
+
+
 def _grid_run(variant: str, field: str, value: Any) -> tuple[str, Overrides]:
     return _tuning_run(variant, {field: value}), {field: value}
 

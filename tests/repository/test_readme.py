@@ -122,7 +122,9 @@ def test_files_that_the_pages_name_are_there():
 def test_results_of_the_pages_are_those_of_the_stored_studies(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert importlib.import_module("results").main(check=True) == 0, capsys.readouterr().err
-    assert "<!-- headline: study_text_fair,study_text bits_per_byte" in (ROOT / "README.md").read_text()
+    assert (
+        "<!-- headline: study_text_fair+study_seqpe_recipe,study_text bits_per_byte" in (ROOT / "README.md").read_text()
+    )
 
 
 def test_the_headline_says_what_the_first_study_with_results_says(monkeypatch, tmp_path):
@@ -135,24 +137,24 @@ def test_the_headline_says_what_the_first_study_with_results_says(monkeypatch, t
         row: plan | {"runs": [f"{row}-{seed}" for seed in (1, 2)], "trials": [f"{row}-t"]} for row in ("seqpe", "fox")
     }
 
-    def headline(*finals):
-        runs = {
-            f"{row}-t": {
-                "settings": {"encoding.kind": row},
-                "metrics": [{"step": 5, "eval/loss@64": 1.5}],
-                "evaluation": {},
-            }
-            for row in ("seqpe", "fox")
-        }
-        for name, bits in finals:
-            row, _, seed = name.partition("-")
-            found = {"results": [{"length": 64, "tokens": 9, "bits_per_byte": bits}]}
-            settings = {"encoding.kind": row, "seed": int(seed)}
-            runs[name] = {"settings": settings, "metrics": [{"step": 5}], "evaluation": found}
+    def final(kind, seed, bits):
+        found = {"results": [{"length": 64, "tokens": 9, "bits_per_byte": bits}]}
+        return {"settings": {"encoding.kind": kind, "seed": seed}, "metrics": [{"step": 5}], "evaluation": found}
+
+    def headline(*finals, recipe=()):
+        trial = {"metrics": [{"step": 5, "eval/loss@64": 1.5}], "evaluation": {}}
+        runs = {f"{row}-t": trial | {"settings": {"encoding.kind": row}} for row in rows}
+        runs |= {name: final(name[:-2], int(name[-1]), bits) for name, bits in finals}
         (tmp_path / "study_text_fair.json").write_text(json.dumps({"shared": shared, "runs": runs, "plan": rows}))
+        if recipe:
+            runs = {f"seqpe_recipe-{seed}": final("seqpe", seed, bits) for seed, bits in enumerate(recipe, 1)}
+            planned = {"seqpe_recipe": {"runs": [*runs], "fields": [], "trials": []}}
+            content = {"shared": shared, "runs": runs, "plan": planned}
+            (tmp_path / "study_seqpe_recipe.json").write_text(json.dumps(content))
         stored.study_of.cache_clear()
         stored.planned_studies.cache_clear()
-        return script.headline(ROOT / "README.md", "study_text_fair,study_text", "bits_per_byte", "seqpe")
+        names = "study_text_fair+study_seqpe_recipe,study_text"
+        return script.headline(ROOT / "README.md", names, "bits_per_byte", "seqpe,seqpe_recipe")
 
     (tmp_path / "study_text.csv").write_text((stored.STORED / "study_text.csv").read_text())
     with monkeypatch.context() as patch:
@@ -166,6 +168,11 @@ def test_the_headline_says_what_the_first_study_with_results_says(monkeypatch, t
             "(docs/results/study_text_fair.png)" in after and script.OLDER not in after and "not finished" not in after
         )
         assert "**Text: seqpe against the strongest other encoding: behind fox at 64, by 0.495 (p 0.0064).**" in after
+        joined = headline(("seqpe-1", 2.0), ("seqpe-2", 2.1), ("fox-1", 1.5), ("fox-2", 1.61), recipe=(1.0, 1.12))
+        assert (
+            "by 0.495 (p 0.0064). seqpe_recipe against the strongest other encoding: ahead of fox at 64, by 0.495"
+            in joined
+        )
     stored.study_of.cache_clear()
     stored.planned_studies.cache_clear()
 
