@@ -101,9 +101,12 @@ UNSUPPORTED_FIELDS = (
     "position_heads",
     "rotary_pairs",
     "rotary_heads",
+    "rotary_share",
+    "layers_with",
     "log_scaling",
     "scaling",
     "gate",
+    "start_at_zero",
     "slope_scale",
 )
 

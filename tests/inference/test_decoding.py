@@ -70,6 +70,7 @@ COMPOSED = {
 }
 INTERPOLATED = {"encoding__resize": "interpolate", "encoding__fraction_digits": 1}
 WINDOW = {"model__window": 6, "model__kv_heads": 1}  # rings, which prompts of 1 to 20 tokens and 20 more go around
+DYNAMIC = {"encoding__scaling": "dynamic", "encoding__scaling_factor": 2.0}  # rotations by the length of the window
 # Each field of a signal, of all layers or of each: embedded, rotated, scaled, shifted, rank-F bias, relative bias, gates.
 CASES = [
     ("seqpe", {"encoding__mode": "input_add", "encoding__qk": "none"}),
@@ -79,7 +80,7 @@ CASES = [
     ("seqpe", COMPOSED | INTERPOLATED),
     *((kind, every_part(kind)) for kind in ("learned", "rotary_mixed", "scale_invariant")),
     ("pope", every_part("pope") | {"encoding__layers_with": (0, 1)}),  # and one layer without
-    ("alibi", every_part("alibi") | {"encoding__layers_with": (0, 1), "model__attention_cap": 2.0}),
+    ("alibi", every_part("alibi") | {"encoding__layers_with": (0, 1), "model__attention_cap": 2.0} | DYNAMIC),
     ("fire", every_part("fire") | WINDOW),
     ("fox", WINDOW | {"model__window_layers": (0, 1)}),
 ]
