@@ -107,7 +107,8 @@ def write(model: Any, output: str | os.PathLike, dtype: str = "float32") -> dict
     state = {name: array.astype(DTYPES[dtype]) for name, array in weights.to_state(rules, params).items()}
     with atomic_dir(output) as folder:
         token_ids = _write_tokenizer(model, folder)
-        settings |= {"dtype": dtype, "torch_dtype": dtype} | token_ids
+        # An absent id would be the default of the architecture, a token that this vocabulary may not have.
+        settings |= {"dtype": dtype, "torch_dtype": dtype} | dict.fromkeys(TOKEN_IDS) | token_ids
         _write_json(folder / "config.json", settings)
         _write_json(folder / "generation_config.json", {"_from_model_config": True} | token_ids)
         save_file(state, folder / hf.MODEL_FILE, metadata={"format": "pt"})

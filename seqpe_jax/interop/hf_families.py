@@ -12,7 +12,7 @@ from typing import Any
 
 from seqpe_jax import config as configs
 from seqpe_jax.config import Config, ModelConfig
-from seqpe_jax.config.decoder_presets import GATED_ACTIVATIONS, Parts
+from seqpe_jax.config.decoder_presets import GATED_ACTIVATIONS, Parts, by_layer
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.interop import torch_config
 from seqpe_jax.interop.hf import require_value
@@ -719,6 +719,8 @@ def _differences(config: Config, back: Config) -> list[str]:
         pairs[f"model.{name}"] = (getattr(back.model, name), getattr(config.model, name))
     idle = set(config.encoding.without_effect()) | FREE_ENCODING
     theirs, ours = dataclasses.asdict(back.encoding), dataclasses.asdict(config.encoding)
+    for one in (theirs, ours):
+        one["layers_with"] = by_layer(one.get("layers_with", ()), config.model.layers)
     pairs |= {f"encoding.{name}": (theirs.get(name), value) for name, value in ours.items() if name not in idle}
     if config.encoding.kind == "learned":
         pairs["data.length"] = (back.data.length, config.data.length)

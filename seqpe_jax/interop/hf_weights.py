@@ -142,7 +142,8 @@ def known_state(
     names = names_of(family)
     state, left_out = {}, {}
     for name, array in arrays.items():
-        full = name if name.startswith((names.prefix, f"{names.head}.")) else names.prefix + name
+        full = re.sub(r"^lm_head\.", f"{names.head}.", name)  # transformers 5 calls every output layer so in memory
+        full = full if full.startswith((names.prefix, f"{names.head}.")) else names.prefix + full
         reason = next((text for pattern, text in BUFFERS.items() if re.search(pattern, full)), None)
         if reason is not None:
             left_out[name] = reason

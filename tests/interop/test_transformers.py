@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 TOKENS = np.random.default_rng(3).integers(0, 300, (2, 48))
 LLAMA = {"model__kind": "llama", "model__kv_heads": 1}
-WRITTEN = {
+OURS = {
     "gpt2": ("learned", {}),
     "gpt_neox": ("rotary", {}),
     "llama": ("rotary", LLAMA),
@@ -50,9 +50,9 @@ def their_logits(folder, tokens) -> np.ndarray:
         return model.eval()(torch.from_numpy(tokens)).logits.numpy()
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", OURS)
 def test_a_model_of_this_package_opens_in_transformers(name, tmp_path):
-    variant, changes = WRITTEN[name]
+    variant, changes = OURS[name]
     settings = tiny_config(variant=variant, model__layers=3, data__length=48, model__vocabulary=300, **changes)
     model = random_model(settings)
     report = model.save_huggingface(tmp_path / "theirs")
