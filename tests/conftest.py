@@ -72,18 +72,22 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 @pytest.fixture(scope="module")
 def one_device() -> Iterator[None]:
-    """Runs and models use the first device alone, for which they compile sooner than for all eight."""
+    """Runs and models without a mesh of their own use the first device alone, for which they compile sooner than for all eight."""
     import jax
 
+    from seqpe_jax import model
     from seqpe_jax.distributed import sharding
 
     make_mesh = sharding.make_mesh
 
     def make_small_mesh(data, fsdp, context=1, tensor=1, devices=None, slices=0):
-        return make_mesh(data, fsdp, context, tensor, devices or jax.devices()[:1], slices)
+        if devices is None and max(data, fsdp, context, tensor) < 2:
+            devices = jax.devices()[:1]
+        return make_mesh(data, fsdp, context, tensor, devices, slices)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", make_small_mesh)
+        for module in (sharding, model):
+            patch.setattr(module, "make_mesh", make_small_mesh)
         yield
 
 

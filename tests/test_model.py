@@ -23,6 +23,8 @@ from seqpe_jax.training.trainer import Trainer
 from tests.inference.test_export import vit_config
 from tests.tiny import random_state, tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FIELDS = {"encoding__rotary_pairs": 2, "model__layers": 2, "encoding__qk": "multi"}
 
 

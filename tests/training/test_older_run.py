@@ -17,6 +17,8 @@ from seqpe_jax.training.trainer import Trainer
 from tests import tiny
 from tests.tiny import ROOT, random_params, tiny_config, train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 # Of the version that wrote it: step 4 of 6 is saved; these are its losses at 16 and 32 tokens after step 6.
 LOSSES = {16: 5.214712860062718, 32: 5.2148559875786304}
 # Of the version in which these were kinds of their own: the first logits after 20 tokens, of parameters drawn as below.
