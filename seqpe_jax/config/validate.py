@@ -469,13 +469,18 @@ def _check_checkpoint(config: Config) -> None:
 
 
 def check_heads(config: Config) -> None:
-    """Raises InputError if the heads do not divide over mesh.tensor."""
-    for name in ("heads", "kv_heads"):
-        heads = getattr(config.model.parts, name)
-        if heads % config.mesh.tensor:
-            raise InputError(
-                f"model.{name}={heads} does not divide over mesh.tensor={config.mesh.tensor}: choose a divisor"
-            )
+    """Raises InputError if the heads do not divide over mesh.tensor.
+
+    Heads of keys and values are split too where they divide; where several devices share one, all have all of them.
+    """
+    parts, tensor = config.model.parts, config.mesh.tensor
+    if parts.heads % tensor:
+        raise InputError(f"model.heads={parts.heads} does not divide over mesh.tensor={tensor}: choose a divisor")
+    if parts.kv_heads % tensor and tensor % parts.kv_heads:
+        raise InputError(
+            f"mesh.tensor={tensor} is neither a divisor nor a multiple of model.kv_heads={parts.kv_heads}, so that a device would "
+            "need parts of several heads of keys: choose another mesh.tensor"
+        )
 
 
 def _check_mesh(config: Config) -> None:

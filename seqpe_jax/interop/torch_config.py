@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqpe_jax import config as configs
-from seqpe_jax.config import ENCODINGS, CompatConfig, Config, EncodingConfig, ModelDims, SeqPEConfig
+from seqpe_jax.config import ENCODINGS, CompatConfig, Config, EncodingConfig, ModelConfig, ModelDims, SeqPEConfig
 from seqpe_jax.errors import InputError, suggest
 
 ReferenceSpec = Mapping[str, Any]
@@ -470,6 +470,10 @@ def check_writable(config: Config) -> None:
     defaults = type(encoding)()
     for name in filter(encoding.has, UNSUPPORTED_FIELDS):
         required[f"encoding.{name}"] = (getattr(encoding, name), getattr(defaults, name))
+    own = {name: getattr(model, name) for name in ("layers", "width", "heads", "mlp_width", "activation")}
+    reference = ModelConfig(kind="vit" if model.kind == "vit" else "gpt2", **own).parts
+    for part in dataclasses.fields(reference):
+        required[f"model.{part.name}"] = (getattr(model.parts, part.name), getattr(reference, part.name))
     if model.kind == "vit":
         required |= {
             "model.patch": (model.patch, (model.patch[0],) * 2),

@@ -302,6 +302,12 @@ def test_what_the_reference_has_nothing_like_is_refused_by_name(field, value):
         spec_from_config(changed, 24)
 
 
+@pytest.mark.parametrize("kind, words", [("gpt_neox", "residual='parallel'"), ("olmo2", "norm='rms_norm'")])
+def test_blocks_that_the_reference_has_nothing_like_are_refused_by_name(kind, words):
+    with pytest.raises(InputError, match=f"model.{words}: the reference's format knows"):
+        spec_from_config(tiny_config(model__vocabulary=97, model__kind=kind), 24)
+
+
 @pytest.mark.parametrize("kind", ["fire", "t5", "pope"])
 def test_a_kind_that_the_reference_does_not_know_is_refused_by_name(kind):
     with pytest.raises(InputError, match=f"encoding.kind='{kind}': the reference knows seqpe, learned, .* alone"):
