@@ -81,7 +81,7 @@ CASES = [
     *((kind, every_part(kind)) for kind in ("learned", "rotary_mixed", "scale_invariant")),
     ("pope", every_part("pope") | {"encoding__layers_with": (0, 1)}),  # and one layer without
     ("alibi", every_part("alibi") | {"encoding__layers_with": (0, 1), "model__attention_cap": 2.0} | DYNAMIC),
-    ("fire", every_part("fire") | WINDOW),
+    ("fire", every_part("fire") | WINDOW | {"encoding__rotary_heads": 0}),
     ("fox", WINDOW | {"model__window_layers": (0, 1)}),
 ]
 
@@ -146,9 +146,11 @@ def test_neither_batches_nor_other_prompts_change_a_sample(seqpe):
     same(generate(run, params, [*PROMPTS, PROMPTS[0]], drawn)[: len(PROMPTS)], expected)
 
 
-def test_eight_devices_equal_one(seqpe):
-    run, params = seqpe
-    sharded, _ = run_of(devices=8, mesh__fsdp=2, mesh__context=2, mesh__tensor=2)
+def test_eight_devices_equal_one():
+    """With one head of keys, which devices share, in a ring and in a whole cache."""
+    fields = WINDOW | {"model__window_layers": (0, 1)}
+    run, params = run_of(**fields)
+    sharded, _ = run_of(devices=8, mesh__fsdp=2, mesh__context=2, mesh__tensor=2, **fields)
     placed = jax.tree.map(
         lambda leaf, shape: jax.device_put(leaf, shape.sharding), params, sharded.abstract_state.params
     )
