@@ -56,15 +56,23 @@ def without_fields(file: pathlib.Path, settings: Mapping[str, Any], ignored: Col
     Args:
       file: path of the settings, for messages.
       settings: its content.
-      ignored: names of the fields.
+      ignored: names of the fields; a dot leads into a field that has fields, such as rope_scaling.finetuned.
 
     Raises:
       InputError: there is no such field.
     """
+    found = dict(settings)
     for name in ignored:
-        if name not in settings:
-            raise InputError(f"--ignore-fields: {file} has no field '{name}'.{suggest(name, settings)}")
-    return {name: value for name, value in settings.items() if name not in ignored}
+        *sections, last = name.split(".")
+        section: Any = found
+        for key in sections:
+            if isinstance(section.get(key), dict):
+                section[key] = dict(section[key])
+            section = section.get(key) if isinstance(section.get(key), dict) else {}
+        if last not in section:
+            raise InputError(f"--ignore-fields: {file} has no field '{name}'.{suggest(name, map(str, settings))}")
+        del section[last]
+    return found
 
 
 def require_value(file: pathlib.Path, name: str, value: Any, required: Any) -> None:

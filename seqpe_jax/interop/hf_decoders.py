@@ -51,7 +51,7 @@ def read(path: pathlib.Path, settings: Settings) -> ForeignCheckpoint:
     """
     file = path / "config.json"
     kind = settings.get("model_type", "gpt2")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
             f"{file}: model_type {kind!r} is none of the decoders that can be read, {', '.join(FAMILIES)}."
             f"{suggest(str(kind), FAMILIES)}"

@@ -13,6 +13,7 @@ from typing import Any
 from seqpe_jax import config as configs
 from seqpe_jax.config import Config, ModelConfig
 from seqpe_jax.config.decoder_presets import GATED_ACTIVATIONS, Parts, by_layer
+from seqpe_jax.config.limits import LAYERS
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.interop import torch_config
 from seqpe_jax.interop.hf import require_value
@@ -45,6 +46,8 @@ COMMON_VALUES = {
     "torchscript": False,
     "use_bfloat16": False,
 }
+LAYER_COUNTS = {"num_hidden_layers", "n_layer"}
+MAX_SIZE = 2**30  # of a whole number in a config.json
 TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
     int: ("a whole number", (int,)),
     float: ("a number", (int, float)),
@@ -131,10 +134,10 @@ class Family:
                 if value is not None:
                     require_value(file, name, value, values[name])
             elif not (self.has_rope and name in ROPE_KEYS) and value is not None:
-                known = {*fields, *values, *NEUTRAL, *self.neutral, *(ROPE_KEYS if self.has_rope else ())}
+                known = {*fields, *values, *(ROPE_KEYS if self.has_rope else ())}
                 raise InputError(
                     f"{file}: field '{name}' is unknown for model_type '{self.kind}', and may change what the model "
-                    f"computes.{suggest(name, known)} --ignore-fields={name} passes over it"
+                    f"computes.{suggest(str(name), known)} --ignore-fields={name} passes over it"
                 )
         for name, value in found.items():
             if value is REQUIRED:
@@ -155,7 +158,7 @@ class Family:
         try:
             return _config_of(self, known, settings)
         except InputError as error:
-            raise InputError(f"{file}: {error}") from error
+            raise InputError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
 
     def settings(self, config: Config) -> dict[str, Any]:
         """Returns the config.json of a config, whose parts may be more than the family has.
@@ -179,6 +182,11 @@ def _checked(file: pathlib.Path, name: str, value: Any, kind: type, default: Any
     is_bool = isinstance(value, bool)
     if not isinstance(value, types) or is_bool != (kind is bool):
         raise InputError(f"{file}: field '{name}' must be {text}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{file}: field '{name}' must be finite, got {value!r}")
+    largest = LAYERS["high"] if name in LAYER_COUNTS else MAX_SIZE
+    if kind is int and value > largest:
+        raise InputError(f"{file}: field '{name}' must be at most {largest}, got {value!r}")
     if kind is int and value < (default is REQUIRED):
         raise InputError(
             f"{file}: field '{name}' must be {'above' if default is REQUIRED else 'at least'} 0, got {value!r}"
