@@ -379,11 +379,12 @@ def _folder_config(folder: str, variant: str, overrides: Mapping[str, Any]) -> m
         section, _, field = name.partition(".")
         if section == "encoding" and field in config.encoding and _fits(config.encoding[field], value):
             config.encoding[field] = value
-    had_vectors = stored.encoding.HAS_VECTORS
     with_encoding(config, kind)
-    if ENCODINGS[config.encoding.kind].HAS_VECTORS and not had_vectors:
+    if ENCODINGS[config.encoding.kind].HAS_VECTORS and not stored.encoding.HAS_VECTORS:
         for name, loss in VECTOR_LOSSES.items():
             config.objective[name] = ml_collections.ConfigDict(dataclasses.asdict(loss()))
+        if stored.model.width < config.encoding.width:  # a digit encoder is no wider than the model that reads it
+            config.encoding.update({"width": stored.model.width, "heads": stored.model.heads})
     return config
 
 

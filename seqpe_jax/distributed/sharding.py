@@ -80,6 +80,7 @@ PARAM_AXES = {
     "model/blocks*/mlp_gate/bias": (MLP,),
     "model/blocks*/mlp_out/kernel": (MLP, WIDTH),
     "model/blocks*/fading/kernel": (WIDTH, HEADS),  # forget gate
+    "model/blocks*/fading/scale": (None,),
     "model/blocks*/parabola_shape/kernel": (WIDTH, None, HEADS, None),
     "model/blocks*/*/bias": (None,),
     "model/blocks*/norm_?/scale": (None,),
@@ -106,6 +107,7 @@ PARAM_AXES = {
     "encoding/buckets": (None, None),  # parameters of relative biases are small: replicated
     "encoding/slope": (None,),
     "encoding/scale": (None,),
+    "encoding/start_scale": (None,),
     "encoding/threshold": (None,),
     # FIRE MLP: first and second layer
     "encoding/inward": (None,),

@@ -45,7 +45,7 @@ FREE_ENCODING = {
     "log_scaling",  # within the lengths of training it changes nothing
 }
 # Fields that add something next to the encoding's own parameters, which mean the same with and without.
-PARTS = {"gate", "rotary_heads", "rotary_layers", "layers_with", "resize", *RotaryConfig.rope_fields()}
+PARTS = {"gate", "start_at_zero", "rotary_heads", "rotary_layers", "layers_with", "resize", *RotaryConfig.rope_fields()}
 FREE_MODEL = {
     "dropout",
     "attention_dropout",

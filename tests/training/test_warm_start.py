@@ -1,11 +1,15 @@
 """A new run with the parameters of another model: what it keeps, draws, drops, resizes, and how far its loss moves."""
 
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
+import seqpe_jax
+from examples import swap_positions
 from seqpe_jax import config
 from seqpe_jax.config.encodings import all_fields
 from seqpe_jax.encodings.absolute import resize_table
@@ -15,6 +19,7 @@ from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.warm_start import check_source, open_source
 from seqpe_jax.trees import flatten_dict
+from tests import goldens
 from tests.tiny import random_params, random_state, tiny_config
 from tests.training.test_trainer import written
 
@@ -129,3 +134,32 @@ def test_fields_on_which_parameters_do_not_depend(tmp_path):
     unused = all_fields() | {"kind": "rotary", "width": 96, "qk": "multi"}
     run = Trainer.of(tiny_config(variant="rotary", model__dropout=0.2), jax.devices()[:1])
     check_source(run.config, run.task, written(tmp_path / "rotary", tiny_config(variant="rotary"), **unused))
+
+
+def test_the_example_swaps_the_positions_of_a_folder(tmp_path, monkeypatch, capsys):
+    """Of a Hugging Face decoder, as README shows it, or of a run where its files are missing."""
+    monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
+    folder, decoder = tmp_path / "decoder", goldens.FOLDER / "hf" / "llama"
+    if decoder.is_dir():
+        shutil.copytree(decoder, folder)
+        characters = map(chr, range(32, 127))
+        made = tokenizers.models.WordLevel(
+            {word: n for n, word in enumerate(["[UNK]", *characters])}, unk_token="[UNK]"
+        )
+        tokenizer = tokenizers.Tokenizer(made)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+        tokenizer.save(str(folder / "tokenizer.json"))
+    else:
+        saved(folder, variant="rotary")
+    fields = {"data.name": "text_files", "data.paths": (str(tmp_path / "text.txt"),), "data.length": 16, "steps": 1}
+    fields |= {"batch_size": 8, "eval.lengths": (16,), "encoding.layers": 1, "encoding.width": 12, "encoding.heads": 1}
+    fields |= {"data.lossy_tokenizer": True} if decoder.is_dir() else {}
+    fields |= {f"objective.{loss}.weight": 0.0 for loss in ("contrastive", "distillation")}
+    monkeypatch.setattr(seqpe_jax.Model, "generate", lambda *_, **__: "text")
+    model = swap_positions.main(str(folder), str(tmp_path / "run"), **fields)
+    printed = capsys.readouterr().out
+    assert (
+        "encoding/start_scale); encoding.kind: rotary -> seqpe" in printed and "as this run begins (+0.0000)" in printed
+    )
+    assert (model.config.encoding.kind, model.step) == ("seqpe", 1) and model.config.encoding.rotary_pairs > 0
