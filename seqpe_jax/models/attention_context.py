@@ -146,14 +146,15 @@ def make_plan(
             f"divide over mesh.context={of_tokens}: choose 'gather'"
         )
     if mode == "auto":
-        fits = gathered_bytes(inputs) / (of_samples * of_heads) <= MAX_GATHERED_BYTES
+        of_key_heads = math.gcd(of_heads, inputs.key.shape[2])  # devices may share a head of keys
+        fits = gathered_bytes(inputs) / (of_samples * of_key_heads) <= MAX_GATHERED_BYTES
         mode = "gather" if fits or (not causal and keys % of_tokens) else "ring"
     ring = mode == "ring"
     return Plan(choose(split=True, in_parts=ring), split, ring)
 
 
 def gathered_bytes(inputs: AttentionInputs) -> int:
-    """Returns the bytes of keys, values and position keys of all samples and heads."""
+    """Returns the bytes of keys, values and position keys of all samples and heads of keys."""
     arrays = [inputs.key, inputs.value, *(inputs.position_query_key or ())[1:]]
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 

@@ -355,7 +355,7 @@ _resumed.defvjp(_resumed_forward, _resumed_backward)
 
 
 class _Step(NamedTuple):
-    """What a grid step computes: query block i of a query head against key block j of the key head that it reads.
+    """Work of a grid step: query block i of a query head against key block j of the key head that it reads.
 
     Attributes:
       query_head: index of the query head.
