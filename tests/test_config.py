@@ -242,6 +242,8 @@ def other_value(kind: str, name: str, default):
     hint = typing.get_type_hints(ENCODINGS[kind])[name]
     if typing.get_origin(hint) is typing.Literal:
         return next(choice for choice in typing.get_args(hint) if choice != default)
+    if isinstance(default, tuple):
+        return (1,)
     return not default if hint is bool else default + 1 if hint is int else default / 2 or 0.5
 
 

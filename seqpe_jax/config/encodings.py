@@ -459,6 +459,11 @@ class _RoPEScaling(EncodingConfig):
     long_factor: tuple[float, ...] = _field((), "divisors of the same in longer windows", low=1e-6, high=1e6)
 
     @property
+    def rotates(self) -> bool:
+        """True where pairs rotate: else their fields, which older versions stored for all encodings, are not read."""
+        return True
+
+    @property
     def has_rotation_scaling(self) -> bool:
         """True where rotated queries and keys themselves are multiplied, as checkpoints mean it, not all of their columns."""
         return self.scaling_factor > 0 or self.scaling == "longrope"
@@ -466,7 +471,8 @@ class _RoPEScaling(EncodingConfig):
     @property
     def scales_by_window(self) -> bool:
         """True where frequencies depend on the length of the window."""
-        return self.scaling in WINDOW_SCALINGS or (self.scaling in FACTOR_SCALINGS and not self.scaling_factor)
+        by_window = self.scaling in WINDOW_SCALINGS or (self.scaling in FACTOR_SCALINGS and not self.scaling_factor)
+        return self.rotates and by_window
 
     @property
     def window_dependence(self) -> str:
@@ -484,6 +490,8 @@ class _RoPEScaling(EncodingConfig):
     def check(self, axes: int) -> None:
         """Refuses fields of a scaling that contradict each other, or lack their partner. Raises: InputError."""
         super().check(axes)
+        if not self.rotates:
+            return
         fast, slow = self.yarn_beta_fast, self.yarn_beta_slow
         if fast and fast <= slow:
             raise InputError(f"encoding.yarn_beta_fast={fast} must be more than encoding.yarn_beta_slow={slow}, or 0")
@@ -518,7 +526,7 @@ class _RoPEScaling(EncodingConfig):
         pairs = self.rotary_width(dims.head_width) // 2
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
-            if self.scaling == "longrope" and len(factors) != pairs:
+            if self.rotates and self.scaling == "longrope" and len(factors) != pairs:
                 raise InputError(
                     f"encoding.{name} has {len(factors)} numbers, and a head has {pairs} rotary pairs: give one for each"
                 )
@@ -559,11 +567,16 @@ class _WithOptionalRoPE(_WithOptionalPairs, _RoPEScaling):
 
     REQUIRES: ClassVar[dict[str, Any]] = dict.fromkeys(("rotary_share", "scaling"), ("rotary_pairs", None))
 
+    @property
+    def rotates(self) -> bool:
+        """True where rotary pairs are added."""
+        return self.rotary_pairs > 0
+
     def check(self, axes: int) -> None:
         """Refuses scaled rotary pairs on grids, whose axes they would share."""
         super().check(axes)
         for name in ("scaling", "rotary_share"):
-            if axes > 1 and getattr(self, name) != getattr(type(self), name):
+            if axes > 1 and self.rotates and getattr(self, name) != getattr(type(self), name):
                 raise InputError(
                     f"encoding.{name}={getattr(self, name)!r} of added rotary pairs is for text: on images leave it out, or set "
                     "encoding.kind='rotary'"
@@ -747,7 +760,7 @@ class SeqPEConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGat
             raise InputError(
                 "encoding.log_scaling and encoding.mode='attn_mul' both multiply queries: choose one of them"
             )
-        if self.scaling == "yarn" and not self.has_rotation_scaling and self.mode == "attn_mul":
+        if self.rotates and self.scaling == "yarn" and not self.scaling_factor and self.mode == "attn_mul":
             raise InputError(
                 "encoding.scaling='yarn' without encoding.scaling_factor and encoding.mode='attn_mul' both multiply queries: "
                 "set a factor, or choose another mode"

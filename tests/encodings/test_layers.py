@@ -102,6 +102,18 @@ def test_flags_that_do_nothing_are_refused_by_name(kind, fields, message):
         settings.encoding.build(settings.dims)
 
 
+def test_losses_see_the_position_logits_of_the_layers_that_have_them():
+    """Of heads with a width of their own, too."""
+    own = {"qk": "multi", "width": 16, "heads": 2, "layers_with": (1, 0)}
+    encoding = ENCODINGS["seqpe"](**own).build(ModelDims(LAYERS, 24, HEADS, (LENGTH,), head_width=8))
+    shape = {"shape": (LENGTH,)}
+    params = jax.eval_shape(lambda: encoding.init(jax.random.PRNGKey(0), POSITIONS_PLA, **shape))
+    vectors_RE = jax.ShapeDtypeStruct((3, 16), jnp.float32)
+    apply = lambda params, vectors: encoding.apply(params, vectors, method="query_key")  # noqa: E731
+    query, key = jax.eval_shape(apply, params, vectors_RE)
+    assert query.shape == key.shape == (2, 3, HEADS, 8)
+
+
 def test_what_is_added_to_tokens_reaches_all_layers():
     with pytest.raises(ValueError, match="reaches all layers"):
         PositionSignal(input_embedding=jnp.zeros((1, 2, 3))).for_layers((True, False))

@@ -387,7 +387,7 @@ def test_runs_of_older_versions_are_repetitions(tmp_path, without_plots):
     path = tmp_path / "runs" / "a-1" / "config.json"
     values = json.loads(path.read_text())
     values["precision"] = values.get("precision", {}) | {"random_bits": "rbg"}
-    values["encoding"] |= {"scaling": "yarn"}  # of another encoding: older configs have the fields of all
+    values["encoding"] |= {"kerple_scale": 2.0}  # of another encoding: older configs have the fields of all
     path.write_text(json.dumps(values))
     assert "± 6.353 |" in report.write_report(tmp_path / "runs", tmp_path / "out")
 
