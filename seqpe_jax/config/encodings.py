@@ -875,7 +875,7 @@ class RotaryConfig(_Positions, _Heads, _Layers, _RoPEScaling, _RoPEBase, _Partia
         return ["rotary_pairs", "theta", *sorted(own - {field.name for field in dataclasses.fields(EncodingConfig)})]
 
     def as_part(self, head_width: int) -> dict[str, Any]:
-        """Returns the fields by which another encoding of text has these rotations beside it, such as SeqPE.
+        """Returns the fields by which another encoding of text also has these rotations, such as SeqPE.
 
         Args:
           head_width: features of one head.

@@ -25,7 +25,7 @@ ROPE_KEYS = frozenset(
 ANY_TYPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 OF_BASE = ("rope_theta", "partial_rotary_factor")  # not of a scaling
 ORIGINAL = "original_max_position_embeddings"
-# Fields of each rope_type, beside those of any type; true where it must be there.
+# Fields of each rope_type in addition to those of any type; true where it must be there.
 TYPES: dict[str, dict[str, bool]] = {
     "default": {},
     "linear": {"factor": True},

@@ -1,4 +1,4 @@
-"""RoPE with the fields of checkpoints, alone and beside another encoding: shares, windows, exports, refusals."""
+"""RoPE with the fields of checkpoints, alone and added to another encoding: shares, windows, exports, refusals."""
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ def test_a_fixed_factor_serves_all_lengths_and_multiplies_what_rotates():
     np.testing.assert_allclose(angles_of(long), expected_of(40, **yarn), atol=1e-5)
     config = RotaryConfig(**yarn)
     assert not config.window_dependence and config.one_signal_until(TRAINED) == TRAINED
-    beside = signal_of(40, "none", **config.as_part(WIDTH))  # the same rotations beside another encoding
-    np.testing.assert_array_equal(beside.rotation, long.rotation)
+    added = signal_of(40, "none", **config.as_part(WIDTH))  # the same rotations, of another encoding
+    np.testing.assert_array_equal(added.rotation, long.rotation)
 
 
 @pytest.mark.parametrize("fields", [LONGROPE, {"scaling": "dynamic", "scaling_factor": 2.0, "original_length": 6}])
@@ -106,7 +106,7 @@ def test_fields_that_contradict_each_other_or_do_nothing_are_refused(fields, mes
         settings.encoding.build(settings.dims)
 
 
-def test_scaled_rotations_beside_an_encoding_are_of_text():
+def test_scaled_rotations_of_another_encoding_are_of_text():
     with pytest.raises(InputError, match="encoding.rotary_share=0.5 of added rotary pairs is for text"):
         ENCODINGS["fire"](rotary_pairs=2, rotary_share=0.5).build(ModelDims(1, 32, 2, (4, 4)))
     with pytest.raises(InputError, match="scaling='yarn' without encoding.scaling_factor and encoding.mode='attn_mul'"):

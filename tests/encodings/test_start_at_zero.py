@@ -1,4 +1,4 @@
-"""Encodings and gates that begin without an effect, beside the rotations of a trained model, which stay."""
+"""Encodings and gates that begin without an effect, next to the rotations of a trained model, which stay."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def spec_of(variant, **encoding):
 
 
 def test_a_trained_model_computes_what_it_did_and_learns_the_added_parts():
-    """SeqPE and forget gates, beside scaled rotations of a part of each head in some of the layers."""
+    """SeqPE and forget gates, next to scaled rotations of a part of each head in some of the layers."""
     before = spec_of("rotary", **{name: getattr(LLAMA, name) for name in (*RotaryConfig.rope_fields(), "layers_with")})
     added = {"start_at_zero": True, "gate": "forget", "qk": "multi", "init_std": 0.3, "qk_init_std": 0.3}
     after = spec_of("seqpe", **LLAMA.as_part(16), **added)
