@@ -105,8 +105,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
     options = ["--config=tests/tiny_text.py", f"--config.data.paths={text}", "--shard-bytes=5000", "--processes=1"]
     made = commands("prepare", *options, f"--output={tmp_path / 'tokens'}")
     assert made.code == 0 and f"train with --config.data.prepared={tmp_path / 'tokens'}" in made.out, made.err
-    log = {process: {"READS": str(tmp_path / "reads")} for process in range(2)}
-    prepared = {"data__prepared": tmp_path / "tokens"}
+    log, prepared = logging_reads(tmp_path / "reads"), {"data__prepared": tmp_path / "tokens"}
     results = finish(commands, begin(two, 2, 4, variables=log, **prepared, **fields))
     assert [result.code for result in results] == [0, 0], results
     assert "2 process(es), 8 device(s)" in results[0].out and "batch 8: 2 x 4 devices, 1 each" in results[0].out
@@ -118,12 +117,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
     close(lines(two), lines(one))
     assert any("eval/loss@32" in line for line in lines(two))
     assert len((two / "starts.jsonl").read_text().splitlines()) == 1
-    check_reads(tmp_path / "reads", [two / "checkpoints" / step for step in ("2", "4")], "the writing of both")
-
-    (tmp_path / "reads").unlink()
-    again = finish(commands, begin(two, 2, 4, variables=log, **prepared, **fields))
-    assert [result.code for result in again] == [0, 0] and "nothing to do: step 4 is saved" in again[0].out, again
-    check_reads(tmp_path / "reads", [two / "checkpoints" / "4"], "the check before a start")
+    check_reads(tmp_path / "reads", *(files_of(two, step) for step in (2, 4)))
 
     shutil.copytree(two, resumed)
     shutil.rmtree(resumed / "checkpoints" / "4")
@@ -132,16 +126,26 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
     close(lines(resumed), lines(one))
 
 
-def check_reads(log: pathlib.Path, steps: list[pathlib.Path], when: str) -> None:
+def logging_reads(log: pathlib.Path) -> dict[int, dict[str, str]]:
+    """Variables with which two processes note what they read for checksums (tests/interleaved_mesh.py)."""
+    return {process: {"READS": str(log)} for process in range(2)}
+
+
+def files_of(workdir: pathlib.Path, step: int) -> list[str]:
+    """The files of a checkpoint."""
+    folder = workdir / "checkpoints" / str(step)
+    return [f"{folder}/{file}" for file in json.loads((folder / "digests.json").read_text())["files"]]
+
+
+def check_reads(log: pathlib.Path, *checkpoints: list[str]) -> None:
     """Checks that each file of the checkpoints was read once for its checksum, and by both processes some."""
     reads = [json.loads(line.replace(TMP_SUFFIX, "")) for line in log.read_text().splitlines()]
-    for step in steps:
-        listed = json.loads((step / "digests.json").read_text())["files"]
-        of_step = [one for one in reads if one["file"].startswith(f"{step}/")]
-        assert sorted(one["file"] for one in of_step) == sorted(f"{step}/{file}" for file in listed), when
+    for files in checkpoints:
+        of_step = [one for one in reads if one["file"] in files]
+        assert sorted(one["file"] for one in of_step) == sorted(files)
         process, _ = zip(*Counter(one["process"] for one in of_step).items(), strict=True)
         shares = [sum(one["bytes"] for one in of_step if one["process"] == number) for number in process]
-        assert len(shares) == 2 and min(shares) > 0.2 * sum(shares), (when, shares)
+        assert len(shares) == 2 and min(shares) > 0.2 * sum(shares), shares
 
 
 def test_a_stopped_process_and_a_sleeping_loader_are_named_in_time(commands, begin, tmp_path):
@@ -191,10 +195,12 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     assert results[0].code == -signal.SIGKILL and results[1].code in (1, -signal.SIGABRT) and seconds < 60
     assert [line[:41] for line in said(results[1])] == ["process 1: process 0, the coordinator (at"]
 
-    running, deadline = begin(workdir, 2, 1, **fields), time.monotonic() + 900
+    saved = files_of(workdir, newest(workdir))
+    running, deadline = begin(workdir, 2, 1, variables=logging_reads(tmp_path / "reads"), **fields), time.monotonic() + 900
     while lines(workdir)[-1]["step"] != 32:  # it evaluates
         assert time.monotonic() < deadline, [one.err for one in running]
         time.sleep(0.01)
+    check_reads(tmp_path / "reads", saved)  # before the start, each its part
     time.sleep(0.1)
     os.kill(running[1].process, signal.SIGINT)
     results = finish(commands, running)
