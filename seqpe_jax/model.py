@@ -81,7 +81,12 @@ class Model:
         Raises:
           InputError: the tokenizer or the class names are missing or damaged.
         """
-        return task_class(self.config)(self.config, run_dir=self.folder)
+        task = task_class(self.config)(self.config, run_dir=self.folder)
+        if (
+            self.config.is_image and not self.folder
+        ):  # pixels as the checkpoint says, which may not be those of its data
+            task.data_spec = self.data_spec
+        return task
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -30,6 +30,7 @@ UNITS = {"low": 0, "high": 2**30}  # counts of positions, examples or tokens
 IMAGE_SIZE = {"low": 1, "high": 2**16}  # in pixels
 LAYERS = {"low": 1, "high": 1024}
 HEADS = {"low": 1, "high": 4096}
+REGISTERS = {"low": 0, "high": 256}
 OPTIONAL_HEADS = {"low": 0, "high": 4096}
 WIDTH = {"low": 1, "high": 2**16}
 OPTIONAL_WIDTH = {"low": 0, "high": 2**20}

@@ -92,6 +92,23 @@ class ModelConfig:
     patch: tuple[int, ...] = _field(
         (), "vit: sides of a patch along each axis of data.size, in pixels", **limits.IMAGE_SIZE, of=IMAGE_LIKE
     )
+    pooling: Literal["class_token", "mean"] = _field(
+        "class_token",
+        "vit: the head reads the class token, or the mean of the patches, after the last norm",
+        of=IMAGE_LIKE,
+    )
+    registers: int = _field(
+        0,
+        "vit: learned tokens without a position after the class token (Darcet et al. 2023)",
+        **limits.REGISTERS,
+        of=IMAGE_LIKE,
+    )
+    layer_scale: float = _field(
+        0.0,
+        "vit: initial value of the learned factors of each branch's features (LayerScale); 0 = there are none",
+        **limits.OPTIONAL_FACTOR,
+        of=IMAGE_LIKE,
+    )
     layers: int = _field(12, "transformer blocks", **limits.LAYERS)
     width: int = _field(768, "features of a token", **limits.WIDTH)
     heads: int = _field(12, "attention heads of a block", **limits.HEADS)
@@ -474,14 +491,14 @@ class Config:
 
     @property
     def dims(self) -> ModelDims:
-        """Sizes for which the encoding is built. A class token comes before the patches of an image."""
+        """Sizes for which the encoding is built. A class token and registers come before the patches of an image."""
         return ModelDims(
             self.model.layers,
             self.model.width,
             self.model.heads,
             head_width=self.model.parts.head_width,
             grid=self.grid,
-            prefix_tokens=int(self.is_image),
+            prefix_tokens=1 + self.model.registers if self.is_image else 0,
             compat=self.compat,
         )
 

@@ -199,7 +199,7 @@ class CompiledModel:
         weights = jax.jit(attention, out_shardings=sharding.replicated(self.mesh))(
             {"params": params["model"]}, jnp.asarray(images), self.signal(params, shape)
         )
-        weights_BHL = np.asarray(weights, np.float32)[:, :, 0, 1:]
+        weights_BHL = np.asarray(weights, np.float32)[:, :, 0, self.model_spec.prefix_tokens :]
         return weights_BHL.reshape(*weights_BHL.shape[:2], *shape)
 
     def params_with_table(self, params: Params, max_grid: Shape, progress: Progress = no_progress) -> Params:

@@ -10,6 +10,7 @@ import numpy as np
 
 from seqpe_jax.config import Config
 from seqpe_jax.interop.weights import Rule
+from seqpe_jax.models.build import DataSpec
 
 
 class Arrays(NamedTuple):
@@ -38,6 +39,7 @@ class ForeignCheckpoint:
       read_arrays: reads the arrays; called once, by `arrays`.
       tokenizer_files: paths of the tokenizer's files; () without one.
       settings: fields of its config.json that a folder of Hugging Face gets back, such as eos_token_id.
+      data_spec: classes, channels and pixel statistics of images, where the checkpoint says them.
     """
 
     config: Config
@@ -45,6 +47,7 @@ class ForeignCheckpoint:
     read_arrays: Callable[[], Arrays]
     tokenizer_files: tuple[pathlib.Path, ...] = ()
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data_spec: DataSpec | None = None
 
     @functools.cached_property
     def arrays(self) -> Arrays:

@@ -477,6 +477,9 @@ def check_writable(config: Config) -> None:
     if model.kind == "vit":
         required |= {
             "model.patch": (model.patch, (model.patch[0],) * 2),
+            "model.pooling": (model.pooling, "class_token"),
+            "model.registers": (model.registers, 0),
+            "model.layer_scale": (model.layer_scale, 0.0),
             "data.size": (config.data.size, (config.data.size[0],) * 2),
             "model.activation": (model.parts.activation, "gelu"),
             "model.layer_norm_epsilon": (model.layer_norm_epsilon, 1e-6),

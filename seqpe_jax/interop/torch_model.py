@@ -211,7 +211,7 @@ def from_checkpoint(source: ForeignCheckpoint) -> Model:
       InputError: settings and arrays do not fit together, or a stored table is not the one that the settings describe.
     """
     config = source.config
-    data_spec = _data_spec(config, source.arrays.state if config.is_image else {})
+    data_spec = source.data_spec or _data_spec(config, source.arrays.state if config.is_image else {})
     model_spec = ModelSpec.of(config, data_spec)
     return Model(config, model_spec, data_spec, lambda: _params_of(source, model_spec))
 

@@ -25,7 +25,7 @@ from seqpe_jax.data.cache import local_copies
 from seqpe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import apply_umask, as_path, atomic_dir, require_empty
-from seqpe_jax.interop import hf, hf_decoders, hf_weights, pickles, torch_config, weights
+from seqpe_jax.interop import hf, hf_decoders, hf_images, hf_weights, pickles, torch_config, weights
 from seqpe_jax.interop.foreign import Arrays, ForeignCheckpoint
 from seqpe_jax.interop.hf_families import FAMILIES, GPT2_SCALING
 from seqpe_jax.interop.torch_config import ReferenceSpec
@@ -138,6 +138,8 @@ def read(path: str | os.PathLike, ignored: Collection[str] = ()) -> ForeignCheck
         return _read_images(path)
     if (path / "pe_config.json").is_file() or settings.get("pe_config") or (path / "best_model").is_dir():
         return _read_text(path, settings)
+    if hf_images.is_image_folder(settings):
+        return hf_images.read(path, settings)
     if (path / "config.json").is_file():
         return hf_decoders.read(path, settings)
     raise InputError(

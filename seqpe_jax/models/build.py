@@ -112,8 +112,8 @@ class ModelSpec:
 
     @property
     def prefix_tokens(self) -> int:
-        """Number of tokens before the positions: the class token of images."""
-        return int(self.is_image)
+        """Number of tokens before the positions: the class token of images, and registers."""
+        return 1 + self.network.num_registers if self.is_image else 0
 
     @property
     def encoder(self) -> SeqPE | None:
@@ -297,6 +297,7 @@ def _network(config: Config, data_spec: DataSpec) -> Decoder | ViT:
         attention_dropout=model.attention_dropout,
         embedding_dropout=model.embedding_dropout,
         drop_path=model.drop_path if model.kind == "vit" else 0.0,
+        layer_scale=model.layer_scale if model.kind == "vit" else 0.0,
         layer_norm_epsilon=model.layer_norm_epsilon,
         init_std=model.init_std,
         remat=model.remat,
@@ -315,5 +316,5 @@ def _network(config: Config, data_spec: DataSpec) -> Decoder | ViT:
         parabolas=encoding.resolved(config.dims).parabolas,
     )
     if model.kind == "vit":
-        return ViT(transformer, data_spec.classes, model.patch)
+        return ViT(transformer, data_spec.classes, model.patch, model.pooling, model.registers)
     return Decoder(transformer, data_spec.vocabulary, model.tied)

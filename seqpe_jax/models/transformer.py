@@ -91,6 +91,7 @@ class TransformerConfig:
       gate_bias_init: forget gates start near sigmoid(gate_bias_init).
       gate_start_at_zero: log gates are multiplied by factors that start at 0.
       parabolas: M of a signal's `parabola`; 0 = it has none.
+      layer_scale: initial value of the factors of each branch's features (Touvron et al. 2021); 0 = there are none.
       norm, norm_placement, mlp, bias, qk_norm, residual, attention_cap, logit_cap, embedding_multiplier,
         residual_multiplier, logit_multiplier, window, window_layers: see `config.decoder_presets.Parts`.
       kv_heads: G, heads of keys and values; divides H; 0 = H.
@@ -139,6 +140,7 @@ class TransformerConfig:
     logit_multiplier: float = 1.0
     window: int = 0
     window_layers: tuple[bool, ...] = ()
+    layer_scale: float = 0.0
 
     def __post_init__(self) -> None:
         """Fills in the sizes that follow from others."""
@@ -340,6 +342,11 @@ class Block(nn.Module):
         if config.mlp != "plain":
             self.mlp_gate = linear((width, mlp_width), (WIDTH, MLP), **plain)
         self.mlp_out = residual((mlp_width, width), (MLP, WIDTH))
+        if config.layer_scale:
+            init = nn.initializers.constant(config.layer_scale)
+            self.layer_scale_1, self.layer_scale_2 = (
+                self.param(f"layer_scale_{branch}", init, (width,), jnp.float32) for branch in (1, 2)
+            )
         self.drop = nn.Dropout(config.dropout)
         if config.gate:
             bias = {"forget": config.gate_bias_init, "cable": -config.gate_bias_init}[config.gate]
@@ -496,6 +503,9 @@ class Block(nn.Module):
         out_BLD = _residual(out_BLD)
         if self.config.norm_placement != "pre":
             out_BLD = (self.post_norm_1 if branch == 1 else self.post_norm_2)(out_BLD)
+        if self.config.layer_scale:
+            scale_D = self.layer_scale_1 if branch == 1 else self.layer_scale_2
+            out_BLD = out_BLD * scale_D.astype(out_BLD.dtype)
         if self.config.residual_multiplier != 1.0:
             out_BLD = out_BLD * self.config.residual_multiplier
         out_BLD = self.drop(out_BLD, deterministic=deterministic)

@@ -47,18 +47,24 @@ class ViT(Network):
       config: hyperparameters of the blocks; its `causal` and `scale_residual` are not used.
       classes: number of classes.
       patch: sides of a patch, in pixels (and frames).
+      pooling: what the head reads, "class_token" or "mean", the mean of the patches.
+      num_registers: number of learned tokens after the class token (Darcet et al. 2023, arXiv 2309.16588).
     """
 
     classes: int
     patch: tuple[int, ...]
+    pooling: str = "class_token"
+    num_registers: int = 0
 
     def setup(self) -> None:
-        """Creates the patch projection, the class token, the blocks, the final norm and the head."""
+        """Creates the patch projection, the class token and registers, the blocks, the final norm and the head."""
         config = dataclasses.replace(self.config, causal=False, scale_residual=False)
         normal = nn.initializers.normal(config.init_std)
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.projection = Linear((0, config.width), (None, WIDTH), config.dtype, uniform)
         self.class_token = self.param("class_token", normal, (1, config.width), jnp.float32)
+        if self.num_registers:
+            self.register_tokens = self.param("registers", normal, (self.num_registers, config.width), jnp.float32)
         self.blocks = make_blocks(config)
         self.final_norm = make_norm(config)
         # float32, whatever the dtype of the features
@@ -70,7 +76,7 @@ class ViT(Network):
 
         Args:
           images: float[B, sides..., C], one side per entry of `patch`.
-          signal: PositionSignal of 1 + L tokens: the class token, then the patches row-major.
+          signal: PositionSignal of 1 + R + L tokens: the class token, registers, then the patches row-major.
           deterministic: no dropout and no stochastic depth.
 
         Raises:
@@ -79,12 +85,15 @@ class ViT(Network):
         return self.head(self.features(images, signal, deterministic))
 
     def features(self, images: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
-        """Returns the final state of the class token, [B, D]; arguments and errors as in `__call__`."""
-        x_BLD = self._embed(images, signal, deterministic)
-        return self.final_norm(run_blocks(self.blocks, x_BLD, signal, deterministic)[:, 0])
+        """Returns what the head reads (`pooling`), normalized, [B, D]; arguments and errors as in `__call__`."""
+        x_BLD = run_blocks(self.blocks, self._embed(images, signal, deterministic), signal, deterministic)
+        if self.pooling == "mean":
+            patches_BLD = x_BLD[:, 1 + self.num_registers :]
+            return self.final_norm(patches_BLD.astype(jnp.float32).mean(axis=1).astype(x_BLD.dtype))
+        return self.final_norm(x_BLD[:, 0])
 
     def attention(self, images: jax.Array, signal: PositionSignal) -> jax.Array:
-        """Returns the attention weights of the last layer, float32[B, H, 1 + L, 1 + L], for plots."""
+        """Returns the attention weights of the last layer, float32[B, H, 1 + R + L, 1 + R + L], for plots."""
         x_BLD = self._embed(images, signal, True)
         last = self.config.layers - 1
         for layer in range(last):
@@ -92,11 +101,12 @@ class ViT(Network):
         return run_block(self.blocks, last, "attention_weights", x_BLD, signal.at_layer(last))
 
     def _embed(self, images: jax.Array, signal: PositionSignal, deterministic: bool) -> jax.Array:
-        """The tokens [B, 1 + L, D] that enter the first block."""
+        """The tokens [B, 1 + R + L, D] that enter the first block."""
         dtype = self.config.dtype
         x_BLD = self.projection(extract_patches(images, self.patch).astype(dtype))
-        class_B1D = jnp.broadcast_to(self.class_token.astype(dtype), (images.shape[0], 1, self.config.width))
-        x_BLD = jnp.concatenate([class_B1D, x_BLD], axis=1)
+        first = [self.class_token, self.register_tokens] if self.num_registers else [self.class_token]
+        first_BLD = [jnp.broadcast_to(one.astype(dtype), (images.shape[0], *one.shape)) for one in first]
+        x_BLD = jnp.concatenate([*first_BLD, x_BLD], axis=1)
         if signal.input_embedding is not None:
             x_BLD = x_BLD + broadcast_to_batch(signal.input_embedding, images.shape[0])
         return self.embedding_drop(x_BLD, deterministic=deterministic).astype(dtype)

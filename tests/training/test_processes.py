@@ -196,7 +196,10 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     assert [line[:41] for line in said(results[1])] == ["process 1: process 0, the coordinator (at"]
 
     saved = files_of(workdir, newest(workdir))
-    running, deadline = begin(workdir, 2, 1, variables=logging_reads(tmp_path / "reads"), **fields), time.monotonic() + 900
+    running, deadline = (
+        begin(workdir, 2, 1, variables=logging_reads(tmp_path / "reads"), **fields),
+        time.monotonic() + 900,
+    )
     while lines(workdir)[-1]["step"] != 32:  # it evaluates
         assert time.monotonic() < deadline, [one.err for one in running]
         time.sleep(0.01)

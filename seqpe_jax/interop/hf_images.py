@@ -1,0 +1,351 @@
+"""Folders of vision transformers: ViT and DeiT of Hugging Face, and timm's, read as a model `vit` with learned positions.
+
+Sizes are those of the arrays; the config.json says what arrays do not: heads, epsilon, activation, pooling, pixels. A part that
+is not known here has arrays of its own, which are refused by their names.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from seqpe_jax import config as configs
+from seqpe_jax.config import Config
+from seqpe_jax.data.registry import PHOTO_MEAN, PHOTO_STD
+from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.interop import hf, torch_config, weights
+from seqpe_jax.interop.foreign import Arrays, ForeignCheckpoint
+from seqpe_jax.interop.hf_families import ACTIVATIONS, COMMON_VALUES, NEUTRAL, Settings
+from seqpe_jax.interop.weights import Rule
+from seqpe_jax.models.build import DataSpec
+
+KINDS = ("vit", "deit")  # model_type of Hugging Face's folders
+PIXELS_FILE = "preprocessor_config.json"
+# Fields of Hugging Face's config.json -> the only value that is known; None: read, or said by the arrays.
+HF_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("hidden_size", "num_hidden_layers", "intermediate_size", "image_size", "patch_size", "num_channels"), None
+    ),
+    **dict.fromkeys(("num_attention_heads", "hidden_act", "layer_norm_eps", "initializer_range"), None),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), None),
+    **dict.fromkeys(("encoder_stride", "pooler_act", "pooler_output_size"), None),  # of other heads
+    "qkv_bias": True,
+}
+# Names of timm -> names of Hugging Face, the first that fits the beginning; PREFIX is the model_type.
+HF_NAMES = {
+    "cls_token": "PREFIX.embeddings.cls_token",
+    "reg_token": "PREFIX.embeddings.distillation_token",
+    "pos_embed": "PREFIX.embeddings.position_embeddings",
+    "patch_embed.proj": "PREFIX.embeddings.patch_embeddings.projection",
+    "norm": "PREFIX.layernorm",
+    "head": "classifier",
+}
+HF_BLOCK_NAMES = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+LEFT_OUT = {"pooler.dense.": "a pooler, which no head reads", "embeddings.mask_token": "the token of masked patches"}
+# Models of timm whose blocks are those of `vit`, and their attention heads by size.
+ARCHITECTURE = re.compile(
+    r"(?:vit|deit|deit3)_(tiny|small|medium|base|large|huge)_patch\d+(?:_reg\d+)?(?:_(?:dinov2|dino|mae|\d+))*"
+)
+TIMM_HEADS = {"tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16}
+TIMM_FIELDS = ("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg")
+# Arguments of a timm model that the arrays say too, or that are read.
+TIMM_ARGUMENTS = (
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "num_classes",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "init_values",
+    "reg_tokens",
+    "no_embed_class",
+    "class_token",
+    "dynamic_img_size",
+    "global_pool",
+)
+POOLING = {"token": "class_token", "avg": "mean"}  # timm's name -> model.pooling
+TIMM_EPSILON = 1e-6
+HEADLESS_CLASSES = 1000
+LAYER_SCALE = 1e-5  # DINOv2's and most others': of layers that are drawn anew
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What a config.json says and arrays do not.
+
+    Attributes:
+      heads: attention heads.
+      model: further fields of the section model.
+      side: height and width of the images, in pixels.
+      mean: of pixels by channel, in 0..1.
+      std: likewise.
+    """
+
+    heads: int
+    model: dict[str, Any]
+    side: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def is_image_folder(settings: Settings) -> bool:
+    """Returns whether a config.json is that of a vision transformer."""
+    return settings.get("model_type") in KINDS or "architecture" in settings
+
+
+def read(path: pathlib.Path, settings: Settings) -> ForeignCheckpoint:
+    """Returns the checkpoint of a folder.
+
+    Args:
+      path: the folder.
+      settings: content of its config.json.
+
+    Raises:
+      InputError: a model, field or value that is unknown, weights that are missing, damaged or of other parts.
+    """
+    file = path / "config.json"
+    arrays, files = hf.read_weights(path)
+    kind = settings.get("model_type") if "architecture" not in settings else None
+    known = _known_timm(file, settings) if kind is None else _known_hf(file, settings, path)
+    state, left_out = (dict(arrays), {}) if kind is None else _with_prefix(arrays, kind)
+    if any(name.startswith(("head_dist.", "distillation_classifier.")) for name in state):
+        raise InputError(
+            f"{file.parent} has two heads, of the class token and of the distillation token, whose mean answers: only models "
+            "of one head are read"
+        )
+    _add_head(path, state, "head" if kind is None else "classifier")
+    try:
+        config, rules = _config_and_rules(known, state, kind)
+    except KeyError as error:
+        raise InputError(
+            f"the weights of {path} lack {error.args[0]}: they are not those of its config.json"
+        ) from error
+    data_spec = DataSpec(classes=config.model.classes, channels=len(known.mean), mean=known.mean, std=known.std)
+    return ForeignCheckpoint(
+        config,
+        tuple(rules),
+        lambda: Arrays(state, left_out, {}, (file, *files)),
+        data_spec=data_spec,
+    )
+
+
+def _add_head(path: pathlib.Path, state: dict[str, np.ndarray], name: str) -> None:
+    """Adds a head of zeros, and says so, where a folder has the features alone, to be trained further."""
+    norm = next((array for array_name, array in state.items() if "norm" in array_name), None)
+    if norm is not None and not any(other.startswith(f"{name}.") for other in state):
+        print(
+            f"note: {path} has no head of classes: it gets one of {HEADLESS_CLASSES} classes that answers 0 until it is trained",
+            file=sys.stderr,
+            flush=True,
+        )
+        state[f"{name}.weight"] = np.zeros((HEADLESS_CLASSES, len(norm)), np.float32)
+        state[f"{name}.bias"] = np.zeros(HEADLESS_CLASSES, np.float32)
+
+
+def _known_hf(file: pathlib.Path, settings: Settings, path: pathlib.Path) -> _Known:
+    known_names = {*HF_FIELDS, *NEUTRAL, *COMMON_VALUES, "model_type"}
+    for name, value in settings.items():
+        if name not in known_names and value is not None:
+            raise _unknown(file, name, known_names)
+        required = {**COMMON_VALUES, **HF_FIELDS}.get(name)
+        if required is not None and value is not None:
+            hf.require_value(file, name, value, required)
+    activation = settings.get("hidden_act", "gelu")
+    if activation not in ACTIVATIONS:
+        raise InputError(f"{file}: field 'hidden_act' is {activation!r}.{suggest(str(activation), ACTIVATIONS)}")
+    model = {
+        "dropout": _number(file, settings, "hidden_dropout_prob", 0.0),
+        "attention_dropout": _number(file, settings, "attention_probs_dropout_prob", 0.0),
+        "activation": ACTIVATIONS[activation],
+        "layer_norm_epsilon": _number(file, settings, "layer_norm_eps", 1e-12),
+        "init_std": _number(file, settings, "initializer_range", 0.02),
+    }
+    pixels = hf.read_mapping(path / PIXELS_FILE, missing=True)
+    channels = int(_number(file, settings, "num_channels", 3))
+    usual = {"image_mean": PHOTO_MEAN, "image_std": PHOTO_STD} if settings["model_type"] == "deit" else {}
+    mean, std = (
+        tuple(pixels.get(name) or usual.get(name) or (0.5,) * channels) for name in ("image_mean", "image_std")
+    )
+    heads = int(_number(file, settings, "num_attention_heads", 12))
+    return _Known(heads, model, _sides(file, settings.get("image_size", 224)), mean, std)
+
+
+def _known_timm(file: pathlib.Path, settings: Settings) -> _Known:
+    name, pretrained = str(settings["architecture"]), settings.get("pretrained_cfg") or {}
+    arguments = settings.get("model_args") or {}
+    for owner, known in ((settings, TIMM_FIELDS), (arguments, TIMM_ARGUMENTS)):
+        for field, value in owner.items():
+            if field not in known and value is not None:
+                raise _unknown(file, field, known)
+    found = ARCHITECTURE.fullmatch(name)
+    if found is None:
+        raise InputError(
+            f"{file}: architecture {name!r} is none of the vision transformers of timm that can be read: vit, deit and deit3 "
+            f"of the sizes {', '.join(TIMM_HEADS)}, such as vit_small_patch16_224"
+        )
+    pooling = arguments.get("global_pool") or settings.get("global_pool") or "token"
+    if pooling not in POOLING:
+        raise InputError(f"{file}: field 'global_pool' is {pooling!r}, only {' and '.join(POOLING)} are known")
+    model = {
+        "pooling": POOLING[pooling],
+        "activation": "gelu",
+        "layer_norm_epsilon": TIMM_EPSILON,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    heads = int(arguments.get("num_heads") or TIMM_HEADS[found[1]])
+    size = arguments.get("img_size") or (pretrained.get("input_size") or (3, 224, 224))[1:]
+    mean, std = (
+        tuple(pretrained.get(field) or default) for field, default in (("mean", PHOTO_MEAN), ("std", PHOTO_STD))
+    )
+    return _Known(heads, model, _sides(file, size), mean, std)
+
+
+def _config_and_rules(known: _Known, state: Mapping[str, np.ndarray], kind: str | None) -> tuple[Config, list[Rule]]:
+    """The config of arrays, and the rules of their names; kind: model_type of Hugging Face, None = timm's names."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        """The shape of an array under its name of timm."""
+        return state[name if kind is None else _hf_name(name, kind)].shape
+
+    width, channels, *patch = shape("patch_embed.proj.weight")
+    pattern = re.compile(r"blocks\.(\d+)\." if kind is None else rf"{kind}\.encoder\.layer\.(\d+)\.")
+    layers = len({found[1] for name in state if (found := pattern.match(name))})
+    mlp_width = shape("blocks.0.mlp.fc1.weight")[0]
+    if (
+        width % known.heads
+        or channels != len(known.mean)
+        or any(side % part for side, part in zip(known.side, patch, strict=True))
+    ):
+        raise InputError(
+            f"the arrays have {width} features, patches of {' x '.join(map(str, patch))} and {channels} channel(s), which do not "
+            f"fit the {known.heads} heads, images of {' x '.join(map(str, known.side))} pixels and {len(known.mean)} channel(s) "
+            "of config.json"
+        )
+    registers = "reg_token" if kind is None else _hf_name("reg_token", kind)
+    model = {
+        "kind": "vit",
+        "layers": layers,
+        "width": width,
+        "heads": known.heads,
+        "mlp_width": 0 if mlp_width == 4 * width else mlp_width,
+        "classes": shape("head.weight")[0],
+        "patch": tuple(patch),
+        "registers": state[registers].shape[1] if registers in state else 0,
+        "layer_scale": LAYER_SCALE if "blocks.0.ls1.gamma" in state else 0.0,
+        "embedding_dropout": 0.0,
+        **known.model,
+    }
+    data = {"name": "imagenet2012", "size": known.side}
+    encoding = dataclasses.asdict(configs.ENCODINGS["learned"]())
+    config = torch_config.config_of_sections(model, encoding, data)
+    rules = _timm_rules(config)
+    return config, rules if kind is None else [_hf_rule(rule, kind) for rule in rules]
+
+
+def _timm_rules(config: Config) -> list[Rule]:
+    model = config.model
+    rules = weights.vit_rules(model.layers, model.heads, model.patch)
+    if model.pooling == "mean":
+        rules = [
+            rule._replace(reference_names=tuple(f"fc_{name}" for name in rule.reference_names))
+            if rule.path.startswith("model/final_norm")
+            else rule
+            for rule in rules
+        ]
+    if model.registers:
+        rules.append(Rule("model/registers", ("reg_token",), lambda array: array[0], lambda array: array[None]))
+    if model.layer_scale:
+        for layer in range(model.layers):
+            for branch in (1, 2):
+                path = f"model/blocks_{layer}/layer_scale_{branch}"
+                rules.append(Rule(path, (f"blocks.{layer}.ls{branch}.gamma",)))
+    prefix, positions = config.dims.prefix_tokens, math.prod(config.grid)
+
+    def table(array: np.ndarray) -> np.ndarray:
+        """Rows of the tokens before the patches, 0 where the array has none for them (timm's no_embed_class)."""
+        missing = prefix + positions - array.shape[1]
+        if missing not in (0, prefix):
+            raise InputError(
+                f"the table of positions has {array.shape[1]} rows, not the {positions} of the patches of an image of "
+                f"{' x '.join(map(str, config.data.size))} pixels with or without the {prefix} token(s) before them"
+            )
+        return np.pad(array[0], ((missing, 0), (0, 0)))
+
+    return [*rules, Rule("encoding/table", ("pos_embed",), table, lambda array: array[None])]
+
+
+def _hf_name(name: str, kind: str) -> str:
+    """The name of Hugging Face of an array that timm calls `name`, but of queries, keys and values, which are one there."""
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+    if block is not None:
+        return f"{kind}.encoder.layer.{block[1]}.{HF_BLOCK_NAMES[block[2]]}.{block[3]}"
+    found = next(first for first in HF_NAMES if name.startswith(first))
+    return HF_NAMES[found].replace("PREFIX", kind) + name.removeprefix(found)
+
+
+def _hf_rule(rule: Rule, kind: str) -> Rule:
+    """The rule of Hugging Face, from that of timm; it splits the map of queries, keys and values."""
+    if "/qkv/" not in rule.path:
+        return rule._replace(reference_names=tuple(_hf_name(name, kind) for name in rule.reference_names))
+    _, layer, _, _, leaf = rule.reference_names[0].split(".")
+    names = (f"{kind}.encoder.layer.{layer}.attention.attention.{part}.{leaf}" for part in ("query", "key", "value"))
+    return rule._replace(
+        reference_names=tuple(names),
+        parts=3,
+        to_ours=lambda *parts: rule.to_ours(np.concatenate(parts)),
+        to_theirs=lambda array: np.split(rule.to_theirs(array), 3),
+    )
+
+
+def _with_prefix(arrays: Mapping[str, np.ndarray], kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays under their full names, {array left out: reason}); those of a base model lack the prefix."""
+    state, left_out = {}, {}
+    for name, array in arrays.items():
+        full = (
+            name
+            if name.startswith((f"{kind}.", "classifier.", "cls_classifier.", "distillation_"))
+            else f"{kind}.{name}"
+        )
+        reason = next((text for part, text in LEFT_OUT.items() if full.startswith(f"{kind}.{part}")), None)
+        if reason is None:
+            state[full] = array
+        else:
+            left_out[name] = reason
+    return state, left_out
+
+
+def _sides(file: pathlib.Path, size: Any) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(f"{file}: the size of an image must be one or two whole numbers of pixels, got {size!r}")
+    return sides[0], sides[1]
+
+
+def _number(file: pathlib.Path, settings: Settings, name: str, default: float) -> float:
+    value = settings.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{file}: field '{name}' must be a number, got {value!r}")
+    return value
+
+
+def _unknown(file: pathlib.Path, name: str, known: Any) -> InputError:
+    return InputError(
+        f"{file}: field '{name}' is unknown, and may change what the model computes.{suggest(name, known)} "
+        f"--ignore-fields={name} passes over it"
+    )
