@@ -31,7 +31,7 @@ from seqpe_jax.training.checkpoint import Checkpointer, check_together
 
 EXPECTED = (
     "give a --workdir of `train`, an --output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or "
-    "a directory of a Hugging Face decoder"
+    "a directory of a Hugging Face decoder or vision transformer"
 )
 
 
@@ -47,7 +47,8 @@ def load(
 
     Args:
       path: a workdir of `train`, an output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or
-        a directory of a Hugging Face decoder (`interop.hf_families.FAMILIES`).
+        a directory of a Hugging Face decoder (`interop.hf_families.FAMILIES`) or of a vision transformer
+        (`interop.hf_images`).
       which: checkpoint of a run, "latest" or "best" (`open_model`).
       mesh: fields of the config's mesh section (`open_model`).
       ignore_fields: fields of a Hugging Face folder's config.json that are passed over although they are unknown here.
