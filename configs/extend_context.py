@@ -6,8 +6,8 @@
 
 Variants: rotary (default, the first stage: the quickstart's model, 800 steps); yarn and ntk (RoPE with the scalings of longer
 windows; ntk needs no training: its one step has the learning rate 0); drope (no encoding, with a short recalibration, arXiv
-2512.12167); seqpe (SeqPE beside all rotary pairs); seqpe_partial (SeqPE in place of all but the four fastest pairs); and any
-other encoding of texts. Hardware: one CPU core; about three minutes for the first stage, one for each of the others.
+2512.12167); seqpe (SeqPE next to all rotary pairs, which begins without an effect); seqpe_partial (SeqPE in place of all but the
+four fastest pairs); and any other encoding of texts. Hardware: one CPU core; about three minutes for the first stage, one for each of the others.
 Result: docs/results.md; all variants with three seeds: configs/sweeps/extend_context.py.
 """
 
@@ -57,6 +57,7 @@ def get_config(variant=None):
         c.encoding.init_std = 0.1
         c.encoding.qk_init_std = 0.1
         c.encoding.rotary_pairs = PAIRS[variant]
+        c.encoding.start_at_zero = True
     c.encoding.feature_width = 8
     c.encoding.qk = "multi"
     c.objective.shift.rate = 0.3

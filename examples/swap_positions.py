@@ -1,4 +1,4 @@
-"""Opens a trained decoder, puts SeqPE beside its rotary positions, trains it, and says what it then computes.
+"""Opens a trained decoder, puts SeqPE next to its rotary positions, trains it, and says what it then computes.
 
 python examples/swap_positions.py runs/rotary runs/swapped
 

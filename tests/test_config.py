@@ -544,9 +544,9 @@ def test_the_folder_of_a_model_is_a_config(tmp_path):
     assert (seqpe.encoding.theta, seqpe.encoding.rotary_pairs) == (500.0, 6)
     assert seqpe.objective.contrastive.weight == config.ContrastiveConfig.weight > 0
     assert config.load(str(folder), pairs | {"encoding.kind": "seqpe"}) == seqpe
-    beside = config.load(f"{folder}:seqpe+rotary", {"objective.distillation.offsets": 8})
-    assert (beside.encoding.theta, beside.encoding.rotary_pairs) == (500.0, 6), "all pairs of a head of 12 columns"
-    with pytest.raises(InputError, match="'pope' is no encoding that RoPE can stay beside: choose one of seqpe, "):
+    joined = config.load(f"{folder}:seqpe+rotary", {"objective.distillation.offsets": 8})
+    assert (joined.encoding.theta, joined.encoding.rotary_pairs) == (500.0, 6), "all pairs of a head of 12 columns"
+    with pytest.raises(InputError, match="'pope' is no encoding that allows RoPE next to it: choose one of seqpe, "):
         config.load(f"{folder}:pope+rotary")
     RunDir(folder).write_config(config.to_dict(tiny_config(variant="t5")))
     with pytest.raises(InputError, match="the model's encoding.kind is 't5', and it has no RoPE that could stay"):

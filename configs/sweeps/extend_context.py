@@ -1,4 +1,4 @@
-"""How a trained RoPE model reads eight times its training length: YaRN, NTK, DroPE and SeqPE beside RoPE, three seeds each.
+"""How a trained RoPE model reads eight times its training length: YaRN, NTK, DroPE and SeqPE next to RoPE, three seeds each.
 
     python -m seqpe_jax.sweep --sweep=configs/sweeps/extend_context.py --workdir=runs/extend_context --results=docs/results/extend_context.json
     python -m seqpe_jax.report --workdir=runs/extend_context --output=runs/extend_context/report

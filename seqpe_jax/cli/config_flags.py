@@ -38,7 +38,7 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         "config",
         None,
         "config file, FILE.py or FILE.py:VARIANT, or the folder of a run, an export or a checkpoint: FOLDER, "
-        "FOLDER:ENCODING or FOLDER:ENCODING+rotary (beside its RoPE); --config.SECTION.FIELD=VALUE sets a field (--help=SECTION, --helpfull: all fields)",
+        "FOLDER:ENCODING or FOLDER:ENCODING+rotary (next to its RoPE); --config.SECTION.FIELD=VALUE sets a field (--help=SECTION, --helpfull: all fields)",
         flag_values=flag_values,
     )
     for name, kind in config.field_types().items():

@@ -42,7 +42,7 @@ PACKAGE = pathlib.Path(__file__).parents[1]
 LOCAL = "config files are Python, and run from a folder of this machine"  # the reason why a bucket is refused
 # Sections that may change when a run resumes: they change where and how it runs, not its results.
 RESUME_CHANGEABLE = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
-BESIDE_ROPE = "+rotary"  # after the name of an encoding: the model's RoPE stays
+WITH_ROPE = "+rotary"  # after the name of an encoding: the model's RoPE stays
 TRAINING_MESH_FIELDS = {"compiler_options"}  # of the mesh section, which nothing else reads
 # Name of a field in configs of older versions -> its name today.
 RENAMED = {
@@ -302,7 +302,7 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
 
     Args:
       path: FILE.py or FILE.py:VARIANT; or FOLDER or FOLDER:VARIANT of a model, where the variant is another encoding, such as
-        seqpe in place of the model's, or seqpe+rotary beside the model's RoPE.
+        seqpe in place of the model's, or seqpe+rotary next to the model's RoPE.
       overrides: values by dotted field names, such as {"model.layers": 2}.
 
     Raises:
@@ -356,7 +356,7 @@ def _folder_config(folder: str, variant: str, overrides: Mapping[str, Any]) -> m
 
     Args:
       folder: folder of a run, an export, or another program's checkpoint.
-      variant: another encoding, or with +rotary one beside the folder's RoPE; "" = that of the overrides, or else the folder's.
+      variant: another encoding, or with +rotary one next to the folder's RoPE; "" = that of the overrides, or else the folder's.
       overrides: values by dotted field.
 
     Raises:
@@ -369,9 +369,9 @@ def _folder_config(folder: str, variant: str, overrides: Mapping[str, Any]) -> m
     values = to_dict(stored)
     values["encoding"] = all_fields() | values["encoding"]
     config = ml_collections.ConfigDict(values)
-    if variant.endswith(BESIDE_ROPE):
-        variant = variant.removesuffix(BESIDE_ROPE)
-        config.encoding.update(_beside_rope(folder, stored, variant))
+    if variant.endswith(WITH_ROPE):
+        variant = variant.removesuffix(WITH_ROPE)
+        config.encoding.update(_with_rope(folder, stored, variant))
     kind = variant or overrides.get("encoding.kind", stored.encoding.kind)
     if kind == stored.encoding.kind:
         return config
@@ -388,23 +388,23 @@ def _folder_config(folder: str, variant: str, overrides: Mapping[str, Any]) -> m
     return config
 
 
-def _beside_rope(folder: str, stored: Config, kind: str) -> dict[str, Any]:
+def _with_rope(folder: str, stored: Config, kind: str) -> dict[str, Any]:
     """Returns fields of an encoding that is added to a model with RoPE; it begins without an effect, if it can.
 
     Raises:
-      InputError: the model has no RoPE, or the encoding takes no rotary pairs beside it.
+      InputError: the model has no RoPE, or the encoding takes no rotary pairs next to it.
     """
     chosen, own = ENCODINGS.get(kind), stored.encoding
     if not isinstance(own, RotaryConfig):
         raise InputError(
-            f"--config={folder}:{kind}{BESIDE_ROPE}: the model's encoding.kind is '{own.kind}', and it has no RoPE that could "
-            f"stay: leave {BESIDE_ROPE} out"
+            f"--config={folder}:{kind}{WITH_ROPE}: the model's encoding.kind is '{own.kind}', and it has no RoPE that could "
+            f"stay: leave {WITH_ROPE} out"
         )
     if chosen is None or not chosen.has("rotary_layers"):
-        beside = [name for name, one in ENCODINGS.items() if one.has("rotary_layers") and one.AXES != "2+"]
+        others = [name for name, one in ENCODINGS.items() if one.has("rotary_layers") and one.AXES != "2+"]
         raise InputError(
-            f"--config={folder}:{kind}{BESIDE_ROPE}: '{kind}' is no encoding that RoPE can stay beside: choose one of "
-            f"{', '.join(beside)}"
+            f"--config={folder}:{kind}{WITH_ROPE}: '{kind}' is no encoding that allows RoPE next to it: choose one of "
+            f"{', '.join(others)}"
         )
     begins = {"start_at_zero": True} if chosen.has("start_at_zero") else {}
     return own.as_part(stored.dims.head_width) | begins

@@ -35,7 +35,7 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 
 def is_of_encoding(name: str) -> bool:
-    """Returns whether a parameter, such as "model/blocks_0/fading/kernel", belongs to the position encoding."""
+    """Returns whether a parameter, such as "model/blocks_0/parabola_shape/kernel", belongs to the position encoding."""
     parts = name.split("/")
     return parts[0] == "encoding" or any(part in BLOCK_PARTS for part in parts)
 

@@ -66,7 +66,7 @@ FREE_MODEL = {
 WINDOW = ("window", "window_layers")  # which tokens see which, without parameters of their own
 TABLE = "encoding/table"  # of learned positions
 HEAD = "model/head/"  # of an image's classes
-GATE = "fading"  # parameters of a gate in each block
+GATE_PARAMS = "fading"  # parameters of a gate in each block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class WarmStart:
       source: the other model, a `seqpe_jax.Model`.
       targets: shapes, dtypes and shardings of the run's parameters.
       shapes: shape of each parameter of the source, by name, stacked over layers as the run's are.
-      kept: names of the parameters that are taken as they are.
+      reused: names of the parameters that are taken as they are.
       resized: names of the tables that are interpolated or cut.
       changes: `field: old -> new` of the fields that change what the model computes: the encoding, and windows of attention.
     """
@@ -87,7 +87,7 @@ class WarmStart:
     source: Any
     targets: Params
     shapes: dict[str, tuple[int, ...]]
-    kept: frozenset[str]
+    reused: frozenset[str]
     resized: frozenset[str]
     changes: tuple[str, ...]
 
@@ -104,7 +104,7 @@ class WarmStart:
 
         def choose(path: Any, fresh: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if name in self.kept:
+            if name in self.reused:
                 return jax.device_put(stored[name], target.sharding)
             if name in self.resized:
                 return jax.jit(resize, out_shardings=target.sharding)(stored[name])
@@ -113,13 +113,13 @@ class WarmStart:
         return jax.tree_util.tree_map_with_path(choose, drawn, self.targets)
 
     def describe(self) -> str:
-        """Returns one line on what is kept, drawn and dropped."""
+        """Returns one line on what is reused, drawn and dropped."""
         targets = {name: leaf.size for name, leaf in flatten_dict(self.targets).items()}
         stored = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
-        kept = sum(targets[name] for name in self.kept)
-        drawn = {name: size for name, size in targets.items() if name not in self.kept | self.resized}
+        reused = sum(targets[name] for name in self.reused)
+        drawn = {name: size for name, size in targets.items() if name not in self.reused | self.resized}
         dropped = {name: size for name, size in stored.items() if name not in targets}
-        parts = [f"keeps {'all ' * (len(self.kept) == len(stored))}{kept:,} parameters"]
+        parts = [f"keeps {'all ' * (len(self.reused) == len(stored))}{reused:,} parameters"]
         for verb, sizes in (("draws", drawn), ("drops", dropped)):
             if sizes:
                 parts.append(f"{verb} {sum(sizes.values()):,} ({', '.join(_parts_of_model(sizes))})")
@@ -138,7 +138,7 @@ class WarmStart:
     @property
     def replaces_head(self) -> bool:
         """True if the head of the source's classes is not taken."""
-        return any(name.startswith(HEAD) and name not in self.kept for name in self.shapes)
+        return any(name.startswith(HEAD) and name not in self.reused for name in self.shapes)
 
     @property
     def losses_differ(self) -> bool:
@@ -210,27 +210,27 @@ def open_source(config: Config, targets: Params, new_classes: bool = False) -> W
     theirs, ours = _comparable(source.config), _comparable(config)
     keeps_encoding, changes = _encoding_changes(theirs, ours)
     both_learned = theirs.encoding.kind == ours.encoding.kind == "learned" and len(theirs.grid) == len(ours.grid)
-    kept, resized, fixed = set(), set(), {}
+    reused, resized, fixed = set(), set(), {}
     for name, shape in wanted.items():
         same = stored.get(name) == shape
         if not is_of_encoding(name):
             if not name.startswith(HEAD):
                 fixed[name] = shape
             if same and not (new_classes and name.startswith(HEAD)):
-                kept.add(name)
+                reused.add(name)
             continue
-        meant = theirs.encoding.gate == ours.encoding.gate if GATE in name else keeps_encoding
+        meant = theirs.encoding.gate == ours.encoding.gate if GATE_PARAMS in name else keeps_encoding
         if name == TABLE and both_learned:
-            (kept if theirs.grid == ours.grid else resized).add(name)
+            (reused if theirs.grid == ours.grid else resized).add(name)
         elif same and meant:
-            kept.add(name)
+            reused.add(name)
     check_shapes(as_path(config.init_from), stored, fixed)
     changes += _window_changes(theirs.model, ours.model)
-    return WarmStart(config, source, targets, stored, frozenset(kept), frozenset(resized), tuple(changes))
+    return WarmStart(config, source, targets, stored, frozenset(reused), frozenset(resized), tuple(changes))
 
 
 def check_source(config: Config, task: Task, checkpoint: str) -> None:
-    """Checks that the parameters of a model, apart from its encoding's, fit a new run.
+    """Checks that the parameters of a model, other than its encoding's, fit a new run.
 
     Args:
       config: config of the new run.
@@ -328,7 +328,7 @@ def _shapes_of(params: Params) -> dict[str, tuple[int, ...]]:
 
 
 def _parts_of_model(names: Iterable[str]) -> list[str]:
-    """Returns the modules that parameters belong to, such as "encoding/encoder" and "model/blocks/fading", each once."""
+    """Returns the modules that parameters belong to, such as "encoding/encoder" and "model/blocks/mlp_in", each once."""
     found = []
     for name in names:
         parts = re.sub(r"blocks_\d+|blocks/layers", "blocks", name).split("/")

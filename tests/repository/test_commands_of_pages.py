@@ -105,7 +105,10 @@ def paths_written(words: list[str]) -> list[str]:
 
 
 def paths_read(words: list[str]) -> list[str]:
-    return values_of(words, "--checkpoint", "--source", "--init-from", *["--workdir"] * (words[0] == "report"))
+    folders = [value.partition(":")[0] for value in values_of(words, "--config") if ".py" not in value]
+    return folders + values_of(
+        words, "--checkpoint", "--source", "--init-from", *["--workdir"] * (words[0] == "report")
+    )
 
 
 def shortened(words: list[str]) -> list[str]:

@@ -8,14 +8,17 @@ import pathlib
 import re
 import shlex
 import subprocess
+import tempfile
 
 import pytest
 from absl import flags
 
 import seqpe_jax
+from seqpe_jax import config
 from seqpe_jax.cli import config_flags
 from seqpe_jax.cli.common import PROCESS_FLAGS
 from seqpe_jax.errors import InputError
+from seqpe_jax.run_dir import RunDir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -54,8 +57,25 @@ def options(module: pathlib.Path) -> set[str]:
 
 
 def check_config(arguments: list[str]) -> None:
-    """Reads the config of a command line. Raises: InputError: it is refused."""
+    """Reads the config of a command line; a folder has that of the command that makes it. Raises: InputError: it is refused."""
     values = flags.FlagValues()
+    with tempfile.TemporaryDirectory() as root:
+        arguments = [_with_folder(word, pathlib.Path(root)) for word in arguments]
+        _read_config(values, arguments)
+
+
+def _with_folder(word: str, root: pathlib.Path) -> str:
+    option, _, value = word.partition("=")
+    folder, colon, variant = value.partition(":")
+    if option != "--config" or folder.endswith(".py"):
+        return word
+    makers = (words for page in ("README.md", *DOCS) for words in commands(page) if f"--workdir={folder}" in words)
+    source = next(one.partition("=")[2] for words in makers for one in words if one.startswith("--config="))
+    RunDir(root / folder).write_config(config.to_dict(config.load(source)))
+    return f"--config={root / folder}{colon}{variant}"
+
+
+def _read_config(values: flags.FlagValues, arguments: list[str]) -> None:
     config_flags.define_config(values)
     values(["command", *(word for word in arguments if re.match("--(no)?config", word))])
     config_flags.read_config(values)

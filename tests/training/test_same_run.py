@@ -211,6 +211,9 @@ def test_a_run_extended_before_its_decay_is_one_that_was_that_long_from_the_begi
     fields = LENGTHS | {
         "optimizer__schedule": "wsd",
         "optimizer__decay_steps": 2,
+        "optimizer__freeze": ("model/token_embedding/*",),
+        "optimizer__freeze_steps": 5,  # thawed after the resume
+        "optimizer__encoder_learning_rate": 1e-3,
         "data__name": "text_files",
         "data__paths": (str(tmp_path / "text.txt"),),
         "precision__random_bits": "rbg",

@@ -1,4 +1,4 @@
-"""A new run with the parameters of another model: what it keeps, draws, drops, resizes, and how far its loss moves."""
+"""A new run with the parameters of another model: what it reuses, draws, drops, resizes, and how far its loss moves."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
-from seqpe_jax.training.warm_start import check_source, open_source
+from seqpe_jax.training.warm_start import GATE_PARAMS, check_source, open_source
 from seqpe_jax.trees import flatten_dict
 from tests import goldens
 from tests.tiny import random_params, random_state, tiny_config
@@ -70,17 +70,17 @@ GATE = {"variant": "alibi", "encoding__gate": "forget"}
         (
             GATE,
             {"variant": "alibi"},
-            "keeps N parameters; drops N (model/blocks/fading); encoding.gate: forget -> none",
+            f"keeps N parameters; drops N (model/blocks/{GATE_PARAMS}); encoding.gate: forget -> none",
         ),
         (
             GATE,
             GATE | {"encoding__gate": "cable"},
-            "keeps N parameters; draws N (model/blocks/fading); encoding.gate: forget -> cable",
+            f"keeps N parameters; draws N (model/blocks/{GATE_PARAMS}); encoding.gate: forget -> cable",
         ),
         (GATE | {"model__scan": True}, GATE | {"model__kind": "decoder"}, ""),
     ],
 )
-def test_one_line_says_what_is_kept_drawn_and_dropped(tmp_path, theirs, ours, line):
+def test_one_line_says_what_is_reused_drawn_and_dropped(tmp_path, theirs, ours, line):
     source = saved(tmp_path / "run", **theirs)
     found = begun(source, **ours)[1]
     shown = re.sub(r"[\d,]*\d,?\d* (?=parameters|\()", "N ", found.describe().removeprefix(f"starting from {source}"))
