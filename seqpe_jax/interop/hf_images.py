@@ -84,7 +84,7 @@ LAYER_SCALE = 1e-5  # DINOv2's and most others': of layers that are drawn anew
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What a config.json says and arrays do not.
+    """Values that a config.json says and arrays do not.
 
     Attributes:
       heads: attention heads.
