@@ -8,7 +8,8 @@ of stdlib_lm.py.
 
 Hardware: two CPU cores; a step takes one to two seconds. It is made to be timed; what it
 learns in its 1000 steps has not been looked at.
-Variants: seqpe (default), rotary, alibi, and any other encoding of texts (docs/encodings.md).
+Variants: seqpe (default), rotary, alibi, and any other encoding of texts (docs/encodings.md); llama, a decoder of 9.5 million
+parameters with rotary positions and two heads of keys.
 """
 
 from seqpe_jax.config import defaults, with_encoding
@@ -53,4 +54,7 @@ def get_config(variant=None):
     c.objective.distillation.batch = 8
     c.objective.distillation.offsets = 16
     c.objective.shift.rate = 0.3
-    return with_encoding(c, variant)
+    if variant == "llama":
+        c.model.kind = "llama"
+        c.model.layers, c.model.width, c.model.heads, c.model.kv_heads, c.model.mlp_width = 6, 384, 6, 2, 1024
+    return with_encoding(c, variant, {"llama": "rotary"})
