@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax import config
 from seqpe_jax.config import ModelDims, RotaryAxialConfig
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.encodings.rope import RotaryAxial
 from seqpe_jax.errors import InputError
+from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.models.transformer import Block, TransformerConfig
 from seqpe_jax.models.vit import ViT, extract_patches
 from seqpe_jax.positions.grids import PositionGrid
@@ -189,3 +191,16 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_logits(params):
     np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())
     fresh = jax.eval_shape(model.init, KEY, IMAGES, signal)
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+
+
+def test_blocks_of_images_have_the_parts_of_a_config():
+    parts = {"model.norm": "rms_norm", "model.norm_placement": "both", "model.mlp": "swiglu", "model.bias": "none"}
+    parts |= {"model.kv_heads": 1, "model.qk_norm": "head", "model.residual": "parallel", "model.attention_cap": 5.0}
+    model_spec = ModelSpec.of(
+        config.load("configs/digits_vit.py:rotary_axial", parts), DataSpec(classes=10, channels=1)
+    )
+    block = {name: set(part) for name, part in model_spec.shapes["model"]["blocks_0"].items()}
+    maps, norms = "q kv out mlp_in mlp_gate mlp_out", "norm_1 norm_2 post_norm_1 post_norm_2 q_norm k_norm"
+    assert block == dict.fromkeys(maps.split(), {"kernel"}) | dict.fromkeys(norms.split(), {"scale"})
+    traced = jax.make_jaxpr(model_spec.logits)(model_spec.shapes, model_spec.inputs)
+    assert traced.out_avals[0].shape == (1, 10) and str(traced).count("tanh") == model_spec.network.config.layers
