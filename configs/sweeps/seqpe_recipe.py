@@ -4,12 +4,12 @@
         --results=docs/results/study_seqpe_recipe.json
     python -m seqpe_jax.report --results=docs/results/study_seqpe_recipe.json --output=runs/seqpe_recipe/report
 
-The first trial has four rotary pairs, forget gates that start open beside the logit, and the paper's contrastive loss, on
+The first trial has four rotary pairs, forget gates that start open, with the logit,, and the paper's contrastive loss, on
 vectors. Then come, each alone: six pairs; the logit in two of four heads; positions drawn at random and sorted (Ruoss et
 al. 2023, arXiv 2305.16843: `skip` with as many chunks as tokens) in half of the steps; a weaker contrastive loss; and its
 candidates from the training length. The best two together, learning rates, and three more values follow, each from the
 best trial so far; the loss on the validation split at 256 bytes decides. Data, steps, seeds and evaluations are those of
-study_text.py, so that benchmarks/results.py shows the row beside that study's.
+study_text.py, so that benchmarks/results.py shows the row in the tables of that study.
 Hardware: two CPU cores, one for each of two runs at once; about 40 minutes.
 """
 

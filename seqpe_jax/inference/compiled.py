@@ -13,7 +13,8 @@ import numpy as np
 from seqpe_jax import axes
 from seqpe_jax.distributed import sharding
 from seqpe_jax.encodings.position_signal import PositionSignal
-from seqpe_jax.inference import position_curves
+from seqpe_jax.inference import attention_spread, position_curves
+from seqpe_jax.inference.attention_spread import Spread
 from seqpe_jax.models.build import ModelSpec, Params, Shape
 from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.positions.prefix_trie import PositionStructure
@@ -187,20 +188,38 @@ class CompiledModel:
         arrays = {name: np.asarray(term, np.float32).reshape(sizes) for name, term in terms.items()}
         return {"distances": distances, **arrays} if arrays else None
 
-    def class_token_attention(self, params: Params, images: np.ndarray) -> np.ndarray:
-        """Returns the last layer's attention weights from the class token to the patches, float32[n, H, patches per axis...].
+    def attention_spread(
+        self, params: Params, inputs: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None] | None:
+        """Returns how far and how evenly heads attend, and what the class token attends to.
 
         Args:
           params: {"encoding": ..., "model": ...}.
-          images: float32[n, sides..., C], normalized.
+          inputs: int32[L], a text, cut to `attention_spread.MAX_TOKENS`; or float32[n, sides..., C], normalized images.
+
+        Returns:
+          {"distance", "entropy"}, each float32[layers, H] (`attention_spread.Spread`), means over the second half of the
+          text, whose queries have the most keys, or over all patches; and the last layer's weights from the class token,
+          float32[n, H, patches per axis...], None of a text. None where the mesh splits tokens.
         """
-        shape = self.model_spec.grid_of(images.shape)
-        attention = with_mesh(self.mesh, functools.partial(self.model_spec.network.apply, method="attention"))
-        weights = jax.jit(attention, out_shardings=sharding.replicated(self.mesh))(
-            {"params": params["model"]}, jnp.asarray(images), self.signal(params, shape)
+        if self.mesh.shape.get("context", 1) > 1:
+            return None
+        is_text = inputs.ndim == 1
+        inputs = inputs[None, : attention_spread.MAX_TOKENS] if is_text else inputs
+        shape = self.model_spec.grid_of(inputs.shape)
+        distance_LS = attention_spread.distances_between(shape, self.model_spec.prefix_tokens)
+        is_query_L = np.arange(len(distance_LS)) >= (shape[0] // 2 if is_text else self.model_spec.prefix_tokens)
+        layers = self._attention_spread(
+            params, jnp.asarray(inputs), self.signal(params, shape), distance_LS, is_query_L, not is_text
         )
-        weights_BHL = np.asarray(weights, np.float32)[:, :, 0, self.model_spec.prefix_tokens :]
-        return weights_BHL.reshape(*weights_BHL.shape[:2], *shape)
+        spread = {
+            name: np.stack([np.asarray(getattr(layer, f"{name}_H")) for layer in layers])
+            for name in ("distance", "entropy")
+        }
+        if is_text:
+            return spread, None
+        weights_BHL = np.asarray(layers[-1].weights_BHS, np.float32)[..., self.model_spec.prefix_tokens :]
+        return spread, weights_BHL.reshape(*weights_BHL.shape[:2], *shape)
 
     def params_with_table(self, params: Params, max_grid: Shape, progress: Progress = no_progress) -> Params:
         """Returns the parameters of `ModelSpec.with_precomputed_table(max_grid)`: a table of vectors replaces the encoder."""
@@ -260,6 +279,22 @@ class CompiledModel:
             return position_curves.position_terms(signal, query, keys_S, config.layers, config.heads)
 
         return jax.jit(with_mesh(self.mesh, terms), static_argnums=1, out_shardings=sharding.replicated(self.mesh))
+
+    @functools.cached_property
+    def _attention_spread(self) -> Callable[..., list[Spread]]:
+        def spread(
+            params: Params,
+            inputs: jax.Array,
+            signal: PositionSignal,
+            distance_LS: jax.Array,
+            is_query_L: jax.Array,
+            with_weights: bool,
+        ) -> list[Spread]:
+            measure = attention_spread.measure(distance_LS, is_query_L, with_weights)
+            variables = {"params": params["model"]}
+            return self.model_spec.network.apply(variables, inputs, signal, measure, method="attention")
+
+        return jax.jit(with_mesh(self.mesh, spread), static_argnums=5, out_shardings=sharding.replicated(self.mesh))
 
     @functools.cached_property
     def _mean_gates(self) -> Callable[[Params, jax.Array, PositionSignal, jax.Array, int], jax.Array]:

@@ -1,5 +1,8 @@
 """Decoders of text, from GPT-2 to Gemma 2: their parts are those of a config, and positions come as a `PositionSignal`."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -18,7 +21,7 @@ from seqpe_jax.axes import (
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.models.attention import KVCache, position_logits
 from seqpe_jax.models.attention_inputs import cap_logits
-from seqpe_jax.models.transformer import Network, make_blocks, make_norm, run_block, run_blocks
+from seqpe_jax.models.transformer import Network, make_blocks, make_norm, measure_attention, run_block, run_blocks
 
 
 class Decoder(Network):
@@ -126,6 +129,11 @@ class Decoder(Network):
     def logit_scaling(self) -> tuple[float, float]:
         """Returns the factor of the logits, and the cap that they have after it, 0 = none."""
         return self.config.logit_multiplier, self.config.logit_cap
+
+    def attention(self, tokens_BL: jax.Array, signal: PositionSignal, measure: Callable[[jax.Array], Any]) -> list[Any]:
+        """Returns the results of a function of each layer's attention weights, float32[B, H, L, L]."""
+        x_BLD = self._embed(tokens_BL, signal.input_embedding, True)
+        return measure_attention(self.blocks, self.config.layers, x_BLD, signal, measure)
 
     def logit_embedding(self) -> jax.Array:
         """Returns the embedding whose products with final states become the logits, float32[V, D] as stored."""

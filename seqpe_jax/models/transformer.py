@@ -646,3 +646,27 @@ def run_block(blocks: list[Block] | ScannedBlocks, layer: int, method: str, *arg
     if isinstance(blocks, ScannedBlocks):
         return blocks.apply_one(layer, method, *arguments)
     return getattr(blocks[layer], method)(*arguments)
+
+
+def measure_attention(
+    blocks: list[Block] | ScannedBlocks,
+    layers: int,
+    x_BLD: jax.Array,
+    signal: PositionSignal,
+    measure: Callable[[jax.Array], Any],
+) -> list[Any]:
+    """Returns the results of a function of the attention weights of each layer, which are held one layer at a time.
+
+    Args:
+      blocks: blocks of the model.
+      layers: number of blocks.
+      x_BLD: tokens that enter the first block.
+      signal: of all layers.
+      measure: function of float32[B, H, L, L].
+    """
+    found = []
+    for layer in range(layers):
+        own = signal.at_layer(layer)
+        found.append(measure(run_block(blocks, layer, "attention_weights", x_BLD, own)))
+        x_BLD = run_block(blocks, layer, "__call__", x_BLD, own)
+    return found

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import linen as nn
 from seqpe_jax.axes import VOCABULARY, WIDTH
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.transformer import Linear, Network, make_blocks, make_norm, run_block, run_blocks
+from seqpe_jax.models.transformer import Linear, Network, make_blocks, make_norm, measure_attention, run_blocks
 
 
 def extract_patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
@@ -92,13 +94,10 @@ class ViT(Network):
             return self.final_norm(patches_BLD.astype(jnp.float32).mean(axis=1).astype(x_BLD.dtype))
         return self.final_norm(x_BLD[:, 0])
 
-    def attention(self, images: jax.Array, signal: PositionSignal) -> jax.Array:
-        """Returns the attention weights of the last layer, float32[B, H, 1 + R + L, 1 + R + L], for plots."""
+    def attention(self, images: jax.Array, signal: PositionSignal, measure: Callable[[jax.Array], Any]) -> list[Any]:
+        """Returns the results of a function of each layer's attention weights, float32[B, H, 1 + R + L, 1 + R + L]."""
         x_BLD = self._embed(images, signal, True)
-        last = self.config.layers - 1
-        for layer in range(last):
-            x_BLD = run_block(self.blocks, layer, "__call__", x_BLD, signal.at_layer(layer))
-        return run_block(self.blocks, last, "attention_weights", x_BLD, signal.at_layer(last))
+        return measure_attention(self.blocks, self.config.layers, x_BLD, signal, measure)
 
     def _embed(self, images: jax.Array, signal: PositionSignal, deterministic: bool) -> jax.Array:
         """The tokens [B, 1 + R + L, D] that enter the first block."""

@@ -28,6 +28,7 @@ OPTIONAL_EVALUATION_FIELDS: FieldTypes = {
     "training_flops": (int, float),
     "split": str,
     "without_context": dict,
+    "attention": dict,
 }
 OPTIONAL_RESULT_FIELDS: FieldTypes = dict.fromkeys(("tokens", "examples", *HIGHER_IS_BETTER), (int, float)) | {
     "targets": int,
@@ -89,7 +90,25 @@ def check_evaluation(evaluation: dict[str, Any], source: str) -> dict[str, Any]:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             fault = f"{source} has a result without a length, size or context, or without numbers, result {number}"
             raise InputError(f"{fault}: write it with `evaluate --output`") from error
+    _check_attention(evaluation, source)
     return evaluation
+
+
+def _check_attention(evaluation: dict[str, Any], source: str) -> None:
+    """Checks the mean distance and entropy of attention, each by layer and head. Raises: InputError."""
+    spread = evaluation.get("attention")
+    if spread is None:
+        return
+    try:
+        distance, entropy = (np.asarray(spread[name], float) for name in ("distance", "entropy"))
+        valid = distance.ndim == 2 and distance.shape == entropy.shape and distance.size > 0
+        valid = valid and int(spread.get("tokens", spread.get("patches"))) > 0
+    except (KeyError, TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise InputError(
+            f"{source}: its attention has no distance and entropy by layer and head: evaluate the run again"
+        )
 
 
 def _check_curves(result: dict[str, Any]) -> None:

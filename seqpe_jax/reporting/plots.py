@@ -63,6 +63,7 @@ def plot_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[P
         extrapolation_answers,
         extrapolation_sizes,
         functools.partial(quality_and_cost, benchmarks=benchmarks),
+        attention_spread,
         training_curves,
         training_terms,
         loss_by_position,
@@ -251,6 +252,53 @@ def quality_and_cost(study: Study, benchmarks: Sequence[Benchmark]) -> Plot | No
     each = "; ".join(f"{row} {number(value)} at {time:.2f} times" for row, (time, value) in points.items())
     alt = f"Scatter plot of {quality} by the time of a training step relative to RoPE's. {each}."
     return Plot("quality_and_cost", "Quality beyond the training length, and its cost", alt, figure)
+
+
+def attention_spread(study: Study) -> Plot | None:
+    """Draws the mean distance and entropy of attention of each head, a line of dots for each row; None without any.
+
+    Dots have the colour of their layer; of a row with several seeds the first is drawn.
+    """
+    spreads = {}
+    for run in study.counted:
+        if spread := run.evaluation.get("attention"):
+            spreads.setdefault(run.row, (run, spread))
+    if not spreads:
+        return None
+    kinds = {"patches" if "patches" in spread else "tokens" for _, spread in spreads.values()}
+    size = (FIGURE_SIZE[0], 1.3 + 0.3 * len(spreads))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, dpi=DPI, layout="constrained", sharey=True)
+    style_axes(left, f"mean distance ({' or '.join(sorted(kinds))})", "")
+    style_axes(right, "entropy (nats)", "")
+    layers = max(len(spread["distance"]) for _, spread in spreads.values())
+    for line, (_, spread) in enumerate(spreads.values()):
+        for axes, name in ((left, "distance"), (right, "entropy")):
+            for layer, heads in enumerate(spread[name]):
+                colour = matplotlib.colormaps["cividis"](layer / max(1, layers - 1))
+                height = line + 0.3 * ((layer + 0.5) / len(spread[name]) - 0.5) * 2
+                axes.plot(heads, [height] * len(heads), "o", markersize=3.5, color=colour, alpha=0.85)
+    trained = {run.training_size["extent"] for run, _ in spreads.values()}
+    if kinds == {"tokens"}:
+        left.set_xscale("symlog", base=2, linthresh=1)
+        left.xaxis.set_major_formatter("{x:g}")
+        mark_training(left, trained)
+    keys = {spread.get("tokens", spread.get("patches")) for _, spread in spreads.values()}
+    for count in keys:
+        right.axvline(math.log(count), color=INK, linestyle=":", linewidth=1.2)
+    right.set_xlim(left=0)
+    left.set_yticks(range(len(spreads)), list(spreads))
+    left.invert_yaxis()
+    values = "; ".join(
+        f"{row} {number(float(np.nanmin(spread['distance'])), 1)} to {number(float(np.nanmax(spread['distance'])), 1)} and "
+        f"{number(float(np.nanmin(spread['entropy'])), 2)} to {number(float(np.nanmax(spread['entropy'])), 2)} nats"
+        for row, (_, spread) in spreads.items()
+    )
+    alt = (
+        f"Dots of the mean attention distance and entropy of each head among {' or '.join(map(str, sorted(keys)))} "
+        f"{' or '.join(sorted(kinds))}, coloured by layer from dark to light; the dotted line is the entropy of equal "
+        f"attention to all. From the smallest to the largest head: {values}."
+    )
+    return Plot("attention_spread", "How far and how evenly heads attend", alt, figure)
 
 
 def loss_by_position(study: Study) -> Plot | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from seqpe_jax.distributed import processes
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, atomic_file, atomic_write
+from seqpe_jax.inference.attention_spread import MAX_TOKENS
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import ModelSpec, Shape
 from seqpe_jax.run_dir import EVALUATION_FILE, RunDir, changed_fingerprints, describe_fingerprint
@@ -102,9 +104,9 @@ def evaluate(model: Any, request: EvalRequest) -> tuple[dict[str, Any], Arrays]:
         check_eval_size(evaluator, model.model_spec.max_grid, eval_size, split)
     _compare_data(model, split, is_run_data=request.data is None)
     results = [_evaluate_and_print(model, evaluator, eval_size, split) for evaluator, eval_size in work]
-    report = _report(model, split, results)
     own_sizes = [size for evaluator, size in work if evaluator is task] or [size for _, size in work]
-    return report, _arrays_to_draw(model, max(own_sizes, key=max), split)
+    arrays, attention = _arrays_to_draw(model, max(own_sizes, key=max), split)
+    return _report(model, split, results) | attention, arrays
 
 
 def _report(model: Any, split: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -169,23 +171,36 @@ def _evaluate_and_print(model: Any, evaluator: Evaluator, eval_size: Shape, spli
     return result
 
 
-def _arrays_to_draw(model: Any, eval_size: Shape, split: str) -> Arrays:
-    """Returns the arrays of the plots of a run at one size, by the name of their file; None where there are none.
+def _arrays_to_draw(model: Any, eval_size: Shape, split: str) -> tuple[Arrays, dict[str, Any]]:
+    """Returns what the plots of a run show at one size.
 
-    These are the similarity of position vectors, what attention gains by distance, and images with the attention of the
-    class token.
+    Returns:
+      Arrays by the name of their file, None where there are none: the similarity of position vectors, what attention gains by
+      distance, and images with the attention of the class token. And the report's {"attention": {"tokens" or "patches",
+      "distance", "entropy"}} with lists by layer and head, or {}.
     """
     compiled, params, grid = model.compiled, model.params, model.task.grid_of(eval_size)
+    tokens_L = model.task.sample_tokens(eval_size, split)
     arrays: Arrays = {
         "similarity": compiled.similarity(params, grid),
-        "position_curves": compiled.position_curves(params, grid, model.task.sample_tokens(eval_size, split)),
+        "position_curves": compiled.position_curves(params, grid, tokens_L),
         "attention": None,
     }
     samples = model.task.sample_images(eval_size, split, NUM_ATTENTION_IMAGES)
+    inputs = tokens_L if samples is None else samples[0]
+    found = None if inputs is None else compiled.attention_spread(params, inputs)
+    if found is None:
+        return arrays, {}
+    spread, class_token = found
     if samples is not None:
-        normalized, shown = samples
-        arrays["attention"] = {"images": shown, "attention": compiled.class_token_attention(params, normalized)}
-    return arrays
+        arrays["attention"] = {"images": samples[1], "attention": class_token}
+        unit = {"patches": math.prod(grid)}
+    else:
+        unit = {"tokens": min(len(tokens_L), MAX_TOKENS)}
+    rounded = {
+        name: [[float(f"{value:.4g}") for value in heads] for heads in values] for name, values in spread.items()
+    }
+    return arrays, {"attention": unit | rounded}
 
 
 def check_request(settings: Config, folder: str, request: EvalRequest) -> None:

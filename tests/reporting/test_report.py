@@ -324,6 +324,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ("evaluation.json", '{"results": [{"length": 8, "depth": [1]}]}', "result 1"),
         ("evaluation.json", '{"results": [{"context": 8, "loss": 1}]}', "result 1"),
         ("evaluation.json", '{"results": [], "step": "2"}', "no int 'step'"),
+        ("evaluation.json", '{"results": [], "attention": {"distance": [[1]]}}', "no distance and entropy by layer"),
         ("metrics.jsonl", '{"step": "1"}\n', "metrics.jsonl, line 1 is no object with a step"),
         ("metrics.jsonl", '{"step": 1, "time": "now"}\n', "metrics.jsonl, line 1 is no object with a step"),
         ("similarity.npz", "no archive", "similarity.npz is not an archive"),

@@ -239,6 +239,9 @@ def test_evaluate_writes_its_results(commands, trained, tmp_path):
     assert (output.parent / "similarity.npz").is_file()
     curves = np.load(output.parent / "position_curves.npz")
     assert curves["logit"].shape[2:] == curves["distances"].shape and curves["distances"][-1] == 47
+    spread = report["attention"]
+    assert spread["tokens"] == 48 and np.shape(spread["distance"]) == np.shape(spread["entropy"]) == (1, 2)
+    assert 1 < np.min(spread["distance"]) and np.max(spread["entropy"]) < np.log(48)
 
 
 def test_the_best_checkpoint_is_retained_and_read_on_request(commands, text, trained, tmp_path):

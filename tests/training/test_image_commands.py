@@ -69,11 +69,18 @@ def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_p
     attention = np.load(trained / "attention.npz")
     assert attention["images"].shape == (4, 16, 16, 1) and attention["attention"].shape == (4, 2, 8, 8)
     assert 0.5 < attention["attention"].sum(axis=(2, 3)).mean() < 1  # the rest is on the class token itself
+    assert report["attention"]["patches"] == 64 and np.shape(report["attention"]["entropy"])[1] == 2
     result = commands("report", f"--workdir={trained}", f"--output={tmp_path / 'report'}")
     assert result.code == 0, result.err
     assert "| encoding | 8 (1x) | 8x12 (1.22x) | 16 (2x) |" in result.out
     page = (tmp_path / "report" / "report.md").read_text()
-    for name in ("similarity_digits", "position_curves_digits", "attention_digits", "extrapolation_sizes"):
+    for name in (
+        "similarity_digits",
+        "position_curves_digits",
+        "attention_digits",
+        "attention_spread",
+        "extrapolation_sizes",
+    ):
         assert f"({name}.png)" in page and (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
 
 
