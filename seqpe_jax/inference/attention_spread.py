@@ -1,4 +1,4 @@
-"""How far each head attends and how evenly: mean distance and entropy of its attention weights."""
+"""Mean distance and entropy of the attention weights of each head: how far it attends, and how evenly."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,8 +34,8 @@ def distances_between(shape: tuple[int, ...], prefix_tokens: int) -> np.ndarray:
       prefix_tokens: tokens before it.
     """
     positions_LA = np.asarray(PositionGrid().positions(shape), np.float32)
-    apart_LS = np.linalg.norm(positions_LA[:, None] - positions_LA, axis=-1)
-    return np.pad(apart_LS, ((prefix_tokens, 0),) * 2, constant_values=np.nan).astype(np.float32)
+    between_LS = np.linalg.norm(positions_LA[:, None] - positions_LA, axis=-1)
+    return np.pad(between_LS, ((prefix_tokens, 0),) * 2, constant_values=np.nan).astype(np.float32)
 
 
 def measure(distance_LS: jax.Array, is_query_L: jax.Array, with_weights: bool) -> Callable[[jax.Array], Spread]:

@@ -43,8 +43,8 @@ def test_equal_attention_of_an_image_leaves_the_class_token_out_of_distances():
     compiled, params = compiled_without_content(settings, DataSpec(classes=3, channels=1, mean=(0.5,), std=(0.5,)))
     spread, weights = compiled.attention_spread(params, np.zeros((2, 4, 8, 1), np.float32))
     places = np.stack(np.meshgrid(np.arange(2), np.arange(4), indexing="ij"), -1).reshape(8, 2)
-    apart = np.linalg.norm(places[:, None] - places, axis=-1)
-    np.testing.assert_allclose(spread["distance"], np.full((1, 2), apart.mean()), rtol=1e-5)
+    between = np.linalg.norm(places[:, None] - places, axis=-1)
+    np.testing.assert_allclose(spread["distance"], np.full((1, 2), between.mean()), rtol=1e-5)
     np.testing.assert_allclose(spread["entropy"], np.log(9), rtol=1e-5)
     np.testing.assert_allclose(weights, np.full((2, 2, 2, 4), 1 / 9), rtol=1e-5)
 
