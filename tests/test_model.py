@@ -77,6 +77,7 @@ def no_data(monkeypatch):
     monkeypatch.setattr(Trainer, "of", refuse)
 
 
+@pytest.mark.slow
 def test_a_model_is_opened_without_its_data(run, photos, no_data):
     model = seqpe_jax.load(run)
     assert repr(model).startswith("Model(seqpe in gpt2, 2 layers of width 24, ") and "step 3 of" in repr(model)
@@ -94,6 +95,7 @@ def test_a_model_is_opened_without_its_data(run, photos, no_data):
     assert grown.shape == (2, 10) and np.isfinite(grown).all()
 
 
+@pytest.mark.slow
 def test_a_run_an_export_and_a_copy_answer_alike(run, tmp_path):
     model, tokens = seqpe_jax.load(run), np.random.default_rng(0).integers(0, 256, (2, 40))
     model.export(tmp_path / "export", max_length=64, platforms=("cpu",))
@@ -132,6 +134,7 @@ def test_a_position_has_one_vector(run, tmp_path):
         np.testing.assert_array_equal(exported.logits(tokens, start), model.logits(tokens, start))
 
 
+@pytest.mark.slow
 def test_a_damaged_export_is_refused(run, tmp_path):
     export = tmp_path / "export"
     seqpe_jax.load(run).export(export, max_length=40, platforms=("cpu",))
@@ -169,6 +172,7 @@ def test_logits_of_a_window_with_another_start(model):
     np.testing.assert_allclose(moved, expected(model.params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_loss_of_its_logits(model):
     """At each length, the last window too, and of the same targets under each context."""
     found = model.evaluate(lengths=(16, 48), contexts=(16, 48), tokens=250, targets=64)
@@ -220,6 +224,7 @@ def test_an_older_run_without_a_data_spec_opens(run, photos, tmp_path, no_data):
         assert loading.open_model(str(tmp_path / folder.name)).data_spec == expected
 
 
+@pytest.mark.slow
 def test_the_data_spec_is_that_of_the_model_not_of_its_data(tmp_path):
     """More ids than bytes, more classes than digits: an export declares what it returns."""
     text = saved(tmp_path / "text", tiny_config(model__vocabulary=300))
@@ -311,6 +316,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path, run):
         seqpe_jax.load(damaged)
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh_computes_what_it_does_on_one_device(run, monkeypatch):
     """With its parameters split over all devices, and in generation gathered layer by layer, token by token."""
     plain, split = seqpe_jax.load(run), seqpe_jax.load(run, mesh={"fsdp": 2, "context": 2, "tensor": 2})

@@ -115,7 +115,8 @@ def test_an_encoding_for_a_model_of_one_s_own_reads_positions_of_any_form():
     assert signal.position_query_key[0].shape == (1, 12, 2, 8)
 
 
-@pytest.mark.parametrize("axes, window", [(1, 64), pytest.param(2, (4, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axes, window", [(1, 64), (2, (4, 4))])
 def test_position_losses_are_those_of_the_objective_and_train_the_encoder(axes, window):
     encoding = seqpe_jax.SeqPE.for_model(**SIZES, axes=axes)
     params = jax.jit(encoding.init)(jax.random.PRNGKey(0), jnp.zeros((4, axes), jnp.int32))
