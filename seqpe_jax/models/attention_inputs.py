@@ -203,13 +203,29 @@ def position_dot_product(query_PLHF: jax.Array, key_PSHF: jax.Array) -> jax.Arra
     return jnp.einsum("plhf,pshf->phls", query, key, precision=jax.lax.Precision.HIGHEST)
 
 
+def _query_key(query_BLHK: jax.Array, key_BSGK: jax.Array) -> jax.Array:
+    """Returns q . k of each query head and the key head that it reads, float32[B, H, L, S]."""
+    (batch, length, heads, width), (keys, groups) = query_BLHK.shape, key_BSGK.shape[1:3]
+    if heads == groups:
+        return jnp.einsum("blhk,bshk->bhls", query_BLHK, key_BSGK, preferred_element_type=jnp.float32)
+    query_BLGRK = query_BLHK.reshape(batch, length, groups, heads // groups, width)
+    logits_BGRLS = jnp.einsum("blgrk,bsgk->bgrls", query_BLGRK, key_BSGK, preferred_element_type=jnp.float32)
+    return logits_BGRLS.reshape(batch, heads, length, keys)
+
+
+def _weighted_values(weights_BHLS: jax.Array, value_BSGV: jax.Array) -> jax.Array:
+    """Returns the sum of values by weight, [B, L, H, V]."""
+    (batch, heads, length, keys), groups = weights_BHLS.shape, value_BSGV.shape[2]
+    if heads == groups:
+        return jnp.einsum("bhls,bshv->blhv", weights_BHLS, value_BSGV)
+    weights_BGRLS = weights_BHLS.reshape(batch, groups, heads // groups, length, keys)
+    return jnp.einsum("bgrls,bsgv->blgrv", weights_BGRLS, value_BSGV).reshape(batch, length, heads, -1)
+
+
 def reference_attention(inputs: AttentionInputs) -> jax.Array:
     """Returns softmax(logits) @ value, [B, L, H, V] in the values' dtype, from one array of all logits."""
-    key, value = inputs.key, inputs.value
-    (batch, length, heads, width), (keys, groups) = inputs.query.shape, key.shape[1:3]
-    query_BLGRK = inputs.query.reshape(batch, length, groups, heads // groups, width)
-    logits_BGRLS = jnp.einsum("blgrk,bsgk->bgrls", query_BLGRK, key, preferred_element_type=jnp.float32)
-    logits_BHLS = logits_BGRLS.reshape(batch, heads, length, keys)
+    logits_BHLS = _query_key(inputs.query, inputs.key)
+    batch, heads, length, keys = logits_BHLS.shape
     if inputs.relative_bias is not None:
         relative_bias = inputs.relative_bias
         logits_BHLS = apply_relative_bias(
@@ -231,5 +247,4 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
         )
         indices = (sample[:, None, None, None], head[:, None, None], row[:, None], column)
         weights_BHLS = weights_BHLS * dropout_mask(inputs.dropout_seed, *indices, inputs.dropout_rate)
-    weights_BGRLS = weights_BHLS.astype(value.dtype).reshape(batch, groups, heads // groups, length, keys)
-    return jnp.einsum("bgrls,bsgv->blgrv", weights_BGRLS, value).reshape(batch, length, heads, -1)
+    return _weighted_values(weights_BHLS.astype(inputs.value.dtype), inputs.value)
