@@ -169,7 +169,7 @@ class ModelConfig:
         of=IMAGE_LIKE,
     )
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", "nonlinearity of a plain MLP")
-    layer_norm_epsilon: float = _field(1e-5, "added to the variance", **limits.EPSILON)
+    layer_norm_epsilon: float = _field(1e-5, "added to the variance, or to the mean square", **limits.EPSILON)
     init_std: float = _field(0.02, "standard deviation of initial weights", **limits.STD)
     remat: Literal["none", "full", "dots", "offload"] = _field(
         "none",

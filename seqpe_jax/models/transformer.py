@@ -499,7 +499,7 @@ class Block(nn.Module):
         return self.mlp_out(activation(gate_BLF) * hidden_BLF)
 
     def _dropped(self, out_BLD: jax.Array, branch: int, *, deterministic: bool, rate: jax.Array | float) -> jax.Array:
-        """What a branch adds to the states, from the output of its last map; rate: of stochastic depth."""
+        """Term that a branch adds to the states, from the output of its last map; rate: of stochastic depth."""
         out_BLD = _residual(out_BLD)
         if self.config.norm_placement != "pre":
             out_BLD = (self.post_norm_1 if branch == 1 else self.post_norm_2)(out_BLD)
