@@ -84,6 +84,8 @@ def read_config(flag_values: flags.FlagValues = flags.FLAGS) -> config.Config:
       InputError: see `config.load`; or a field of the command line is unused.
     """
     overrides = config_overrides(flag_values)
+    if "ignore-fields" in flag_values and flag_values["ignore-fields"].value:
+        overrides["ignore_fields"] = tuple(flag_values["ignore-fields"].value)
     settings = config.load(config_path(flag_values), overrides)
     config.check_overrides_used(settings, overrides)
     return settings

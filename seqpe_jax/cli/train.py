@@ -16,11 +16,14 @@ import dataclasses
 from absl import flags
 
 from seqpe_jax.cli import common, config_flags
-from seqpe_jax.config import Config
+from seqpe_jax.config import Config, split_folder
+from seqpe_jax.errors import InputError
+from seqpe_jax.run_dir import RunDir
 
 config_flags.define_config()
 _WORKDIR = common.define_path("workdir", "folder of the run: config, metrics, checkpoints", writes="folder")
 _INIT_FROM = common.define_path("init-from", "run or converted checkpoint whose parameters the training starts from")
+_IGNORE_FIELDS = common.define_ignore_fields()
 _EXTEND = flags.DEFINE_bool(
     "extend", False, "allow more steps although the learning rate of the steps so far depends on their number"
 )
@@ -45,7 +48,16 @@ def main() -> None:
 
 def _settings() -> Config:
     settings = config_flags.read_config()
-    return settings if _INIT_FROM.value is None else dataclasses.replace(settings, init_from=_INIT_FROM.value)
+    if _INIT_FROM.value is not None:
+        settings = dataclasses.replace(settings, init_from=_INIT_FROM.value)
+    folder, _ = split_folder(config_flags.config_path())
+    sources = [path for path in (folder, settings.init_from) if path]
+    if settings.ignore_fields and all(RunDir(path).is_model() for path in sources):
+        raise InputError(
+            "--ignore-fields is for the config.json of a Hugging Face folder, and neither --config nor --init-from names one: "
+            "leave it out"
+        )
+    return settings
 
 
 def run_command() -> None:

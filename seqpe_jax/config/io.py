@@ -41,7 +41,7 @@ from seqpe_jax.trees import flatten_dict
 PACKAGE = pathlib.Path(__file__).parents[1]
 LOCAL = "config files are Python, and run from a folder of this machine"  # the reason why a bucket is refused
 # Sections that may change when a run resumes: they change where and how it runs, not its results.
-RESUME_CHANGEABLE = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
+RESUME_CHANGEABLE = ("eval", "checkpoint", "mesh", "report", "profile", "init_from", "ignore_fields")
 WITH_ROPE = "+rotary"  # after the name of an encoding: the model's RoPE stays
 TRAINING_MESH_FIELDS = {"compiler_options"}  # of the mesh section, which nothing else reads
 # Name of a field in configs of older versions -> its name today.
@@ -363,7 +363,8 @@ def _folder_config(folder: str, variant: str, overrides: Mapping[str, Any]) -> m
       InputError: it is no such folder, or there is no such encoding.
     """
     # `loading` lies above this package; it reads the folders of other programs too.
-    stored: Config = reset_unused(importlib.import_module("seqpe_jax.loading").folder_config(folder))
+    loading, ignored = importlib.import_module("seqpe_jax.loading"), overrides.get("ignore_fields", ())
+    stored: Config = reset_unused(loading.folder_config(folder, () if loading.is_run_or_export(folder) else ignored))
     if {"data.length", "data.size", "model.patch"} & overrides.keys():
         stored = with_resolved_lengths(stored)
     values = to_dict(stored)

@@ -456,6 +456,10 @@ class Config:
     init_from: str = _field(
         "", "run or converted checkpoint whose parameters a new run begins with; '' = random ones", path=True
     )
+    ignore_fields: tuple[str, ...] = _field(
+        (),
+        "fields of the config.json of a Hugging Face folder, in init_from or --config, that are unknown and passed over",
+    )
     data: DataConfig = _section(DataConfig)
     model: ModelConfig = _section(ModelConfig)
     encoding: EncodingConfig = _section(SeqPEConfig)

@@ -135,9 +135,10 @@ class Family:
                     require_value(file, name, value, values[name])
             elif not (self.has_rope and name in ROPE_KEYS) and value is not None:
                 known = {*fields, *values, *(ROPE_KEYS if self.has_rope else ())}
+                near = suggest(str(name), known)
                 raise InputError(
                     f"{file}: field '{name}' is unknown for model_type '{self.kind}', and may change what the model "
-                    f"computes.{suggest(str(name), known)} --ignore-fields={name} passes over it"
+                    f"computes.{near if 'mean' in near else ''} --ignore-fields={name} passes over it"
                 )
         for name, value in found.items():
             if value is REQUIRED:

@@ -308,7 +308,8 @@ def make_trainer(config: Config, run: RunDir, saved: int | None) -> Trainer:
             warm_start.check_source(config, trainer.task, config.init_from)
         return trainer
     config = with_random_bits(config, random_bits_of(run))
-    config = dataclasses.replace(config, init_from=run.config.init_from)  # only a new run reads it
+    began = {name: getattr(run.config, name) for name in ("init_from", "ignore_fields")}  # only a new run reads them
+    config = dataclasses.replace(config, **began)
     return Trainer.of(config, run_dir=run.path)
 
 

@@ -202,7 +202,9 @@ def open_source(config: Config, targets: Params, new_classes: bool = False) -> W
         if field.name in configs.model_mesh_fields() and getattr(config.mesh, field.name) != field.default
     }
     # It lies above this package: it opens folders of every kind, also those of other programs.
-    source = importlib.import_module("seqpe_jax.loading").open_folder(config.init_from, mesh=mesh)
+    loading = importlib.import_module("seqpe_jax.loading")
+    ignored = () if loading.is_run_or_export(config.init_from) else config.ignore_fields
+    source = loading.open_folder(config.init_from, mesh=mesh, ignore_fields=ignored)
     shapes = source.model_spec.shapes
     convert = _layout_change(source.config.model, config.model)
     stored = _shapes_of(shapes if convert is None else jax.eval_shape(convert, shapes))
@@ -245,7 +247,9 @@ def check_source(config: Config, task: Task, checkpoint: str) -> None:
             f"no such directory: {checkpoint} (--init-from takes a --workdir of `train`, an output of `convert` or `export`, "
             "or another program's checkpoint)"
         )
-    stored = importlib.import_module("seqpe_jax.loading").folder_config(checkpoint)
+    loading = importlib.import_module("seqpe_jax.loading")
+    ignored = () if loading.is_run_or_export(checkpoint) else config.ignore_fields
+    stored = loading.folder_config(checkpoint, ignored)
     theirs, ours = _comparable(stored), _comparable(config)
     lines = _differing("model", _model_values(theirs.model), _model_values(ours.model))
     if len(theirs.grid) != len(ours.grid):
