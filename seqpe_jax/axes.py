@@ -90,13 +90,18 @@ def all_gather_params(params: Any, root: str) -> Any:
     return params if sharding is None else sharding.all_gather_params(params, root)
 
 
-def copy_per_shard(field_1LHF: Any) -> Any:
-    """Returns a copy of an array [1, L, H, F] for each shard of the batch, [shards, L, H, F], each on its own devices.
+def copy_per_shard(field: Any, over: str = BATCH, *names: str | None) -> Any:
+    """Returns a copy of an array [1, L, ...] for each shard of a logical name, [shards, L, ...], each on its own devices.
 
     A loop over layers that read the copies adds up a gradient on each device by itself; it is summed over devices once.
+
+    Args:
+      field: the array.
+      over: logical name of the shards.
+      names: logical names of the other dimensions of a copy; () = a device has all of it.
     """
     sharding = _CURRENT.get()
-    return field_1LHF if sharding is None else sharding.copy_per_shard(field_1LHF)
+    return field if sharding is None else sharding.copy_per_shard(field, over, names)
 
 
 def device() -> Any:
@@ -166,10 +171,18 @@ def all_gather(array: Any, name: str, dimension: int = 0) -> Any:
     return array if collectives is None else collectives.all_gather(array, name, dimension)
 
 
-def psum_scatter(array: Any, name: str) -> Any:
-    """Returns this shard's part, along the first dimension, of the sum over the shards; outside of `shard_map` the array."""
+def matmul_reduce_scatter(left_TV: Any, right_VD: Any, name: str) -> Any:
+    """Returns this shard's rows of the sum over shards of left @ right, in the dtype of `left`.
+
+    Inside `shard_map`, where the rows divide over the shards; outside of it the product itself.
+
+    Args:
+      left_TV: first factor.
+      right_VD: second factor.
+      name: logical name of the shards.
+    """
     collectives = _COLLECTIVES.get()
-    return array if collectives is None else collectives.psum_scatter(array, name)
+    return left_TV @ right_VD if collectives is None else collectives.matmul_reduce_scatter(left_TV, right_VD, name)
 
 
 def shard_index(name: str) -> Any:

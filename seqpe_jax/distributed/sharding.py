@@ -37,6 +37,7 @@ from seqpe_jax.axes import (
     use_sharding,
 )
 from seqpe_jax.errors import InputError
+from seqpe_jax.ring import matmul_reduce_scatter
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -47,8 +48,9 @@ ACTIVATION_RULES = {
     BATCH: BATCH_AXES,
     LENGTH: ("context",),
     # The part of a sequence comes first, so that its positions are whole parts of what the devices of `context` gather.
-    ENCODER_ROWS: ("context", "data", "fsdp", "tensor"),
-    POSITIONS: ("context", "data", "fsdp"),
+    # fsdp comes before data, so that sums over fsdp alone, in parts, can be followed by those over data (`copy_per_shard`).
+    ENCODER_ROWS: ("context", "fsdp", "data", "tensor"),
+    POSITIONS: ("context", "fsdp", "data"),
     HEADS: ("tensor",),
     MLP: ("tensor",),
     VOCABULARY: ("tensor",),
@@ -212,9 +214,9 @@ class Collectives:
         """Returns all shards, concatenated along a dimension."""
         return jax.lax.all_gather(array, ACTIVATION_RULES[name], axis=dimension, tiled=True)
 
-    def psum_scatter(self, array: jax.Array, name: str) -> jax.Array:
-        """Returns this shard's part, along the first dimension, of the sum over shards."""
-        return jax.lax.psum_scatter(array, ACTIVATION_RULES[name], tiled=True)
+    def matmul_reduce_scatter(self, left_TV: jax.Array, right_VD: jax.Array, name: str) -> jax.Array:
+        """Returns this shard's rows of the sum over shards of left @ right."""
+        return matmul_reduce_scatter(left_TV, right_VD, ACTIVATION_RULES[name])
 
     def shard_index(self, name: str) -> jax.Array:
         """Returns the index of this shard."""
@@ -293,23 +295,38 @@ class MeshSharding:
 
         return jax.tree_util.tree_map_with_path(gather, params)
 
-    def copy_per_shard(self, field_1LHF: jax.Array) -> jax.Array:
-        """Returns `axes.copy_per_shard`; the gradient is summed into shards of positions."""
-        shape = (self.shards(BATCH), *field_1LHF.shape[1:])
+    def copy_per_shard(self, field: jax.Array, over: str, names: Sequence[str | None]) -> jax.Array:
+        """Returns `axes.copy_per_shard`; the gradient is summed into shards of positions.
+
+        First over fsdp and context, where each device keeps its part, then over the other axes: so no sum over fsdp is whole.
+        """
         if self.mesh.size == 1:
-            return field_1LHF
-        copied = self.spec(shape, (BATCH, LENGTH, HEADS, None))
-        summed = self.spec(field_1LHF.shape, (None, POSITIONS, None, None))
+            return field
+        axes, (_, length, *rest) = ACTIVATION_RULES[over], field.shape
+        shape = (self.shards(over), length, *rest)
+        copied = self.spec(shape, (over, *(names or (None,) * (field.ndim - 1))))
+        sizes = tuple(self.mesh.shape[axis] for axis in axes)
+        inner = tuple(at for at, axis in enumerate(axes) if axis in ACTIVATION_RULES[PARAM_SHARDS])
+        outer = [axis for at, axis in enumerate(axes) if at not in inner]
+        first = tuple(axis for axis in ACTIVATION_RULES[POSITIONS] if axis in ACTIVATION_RULES[PARAM_SHARDS])
+        width = math.prod(rest)
+        part, whole = (
+            self.spec((length, width), (POSITIONS, None), {POSITIONS: axes})
+            for axes in (first, ACTIVATION_RULES[POSITIONS])
+        )
 
         @jax.custom_vjp
         def copy(field: jax.Array) -> jax.Array:
             return self._constrain(jnp.broadcast_to(field, shape), copied)
 
-        copy.defvjp(
-            lambda field: (copy(field), None),
-            lambda _, gradient: (self._constrain(gradient.sum(axis=0, keepdims=True), summed),),
-        )
-        return copy(field_1LHF)
+        def sum_shards(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+            gradient = gradient.reshape(*sizes, length, width).sum(axis=inner)
+            gradient = self._constrain(gradient, PartitionSpec(*outer, *part))
+            gradient = self._constrain(gradient.sum(axis=tuple(range(len(outer)))), whole)
+            return (gradient.reshape(1, length, *rest),)
+
+        copy.defvjp(lambda field: (copy(field), None), sum_shards)
+        return copy(field)
 
     def _constrain(self, array: jax.Array, spec: PartitionSpec) -> jax.Array:
         if self.mesh.size == 1:

@@ -8,7 +8,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.axes import BATCH, copy_per_shard, shards
+from seqpe_jax.axes import BATCH, HEADS, LENGTH, copy_per_shard, shards
 
 Pair = tuple[jax.Array, jax.Array]
 ParamBounds = dict[str, tuple[float, float]]  # name of a parameter -> (smallest value, largest value)
@@ -125,7 +125,8 @@ class PositionSignal:
             return self
         if any(len(field) > 1 for field in pair):
             return self
-        return self.replace(position_query_key=tuple(map(copy_per_shard, pair)), per_shard=True)
+        copies = tuple(copy_per_shard(field, BATCH, LENGTH, HEADS, None) for field in pair)
+        return self.replace(position_query_key=copies, per_shard=True)
 
     def split_by_layer(self) -> tuple["PositionSignal", "PositionSignal"]:
         """Returns (fields that all layers share, fields by layer with a leading axis), without `input_embedding`.

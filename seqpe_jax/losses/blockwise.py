@@ -208,7 +208,6 @@ def _block_terms(
     if scaling != UNSCALED:
         d_logits_TV *= multiplier * cap_slope(capped_TV, cap)
     d_logits_TV = d_logits_TV.astype(dtype)
-    d_hidden_TD = jnp.einsum("tv,vd->td", d_logits_TV, embedding_VD)
-    d_hidden_TD = axes.psum_scatter(axes.psum(d_hidden_TD, VOCABULARY), PARAM_SHARDS)
+    d_hidden_TD = axes.psum(axes.matmul_reduce_scatter(d_logits_TV, embedding_VD, PARAM_SHARDS), VOCABULARY)
     d_embedding_VD = jnp.einsum("tv,td->vd", d_logits_TV, hidden_TD, preferred_element_type=jnp.float32)
     return losses_T, d_hidden_TD, d_embedding_VD

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from seqpe_jax.axes import (
     ENCODER_ROWS,
     POSITIONS,
     all_gather_params,
+    copy_per_shard,
     shard_map,
     shards,
     with_logical_constraint,
@@ -138,25 +139,29 @@ class TrainLoss:
         Returns:
           (signal of the model, unweighted {"contrastive": float32[], "distillation": float32[]} as far as they are on).
         """
-        windows_RE, *other_RE = self._encode(params, self._encoder_rows(sampled), dropout_key, positions_from_batch)
+        rows = self._encoder_rows(sampled)
+        windows_RE, *others = self._encode(params, rows, dropout_key, positions_from_batch)
         num_sets, length, _ = sampled.positions_PLA.shape
-        params = all_gather_params(params, "encoding")
         # Shards the qk map over positions as well.
         windows_PLE = with_logical_constraint(windows_RE.reshape(num_sets, length, -1), None, POSITIONS, None)
         signal = self.model_spec.encoding.apply(
-            {"params": params}, windows_PLE, sampled.positions_PLA, shape=self.model_spec.shape, method="signal"
+            {"params": all_gather_params(params, "encoding")},
+            windows_PLE,
+            sampled.positions_PLA,
+            shape=self.model_spec.shape,
+            method="signal",
         )
         terms: Metrics = {}
         if sampled.contrastive is not None:
-            anchors_BE, candidates_RE = other_RE[:2]
-            terms["contrastive"] = self._contrastive(params, anchors_BE, candidates_RE, sampled.contrastive.labels_B)
+            labels_B = _pad_to_shards(sampled.contrastive.labels_B)
+            arrays = *others[:2], labels_B
+            losses_B = self._losses_of_shards(self._contrastive, arrays, params, self.settings.contrastive.space)
+            terms["contrastive"] = losses_B[: len(sampled.contrastive.labels_B)].mean()
         if sampled.distillation is not None:
             indices_BM = sampled.distillation.indices_BM
-            teacher_BME = windows_PLE[0][indices_BM]
-            student_BME = other_RE[-1].reshape(*indices_BM.shape, -1)
-            terms["distillation"] = jnp.where(
-                sampled.perturbed, 0.0, self._distillation(params, teacher_BME, student_BME)
-            )
+            arrays = copy_per_shard(windows_PLE[:1], ENCODER_ROWS), others[-1], _pad_to_shards(indices_BM)
+            losses_B = self._losses_of_shards(self._distillation, arrays, params, self.settings.distillation.space)
+            terms["distillation"] = jnp.where(sampled.perturbed, 0.0, losses_B[: len(indices_BM)].mean())
         return signal, terms
 
     def step_flops(self, example: dict[str, jax.ShapeDtypeStruct], batch_size: int, accumulate: int = 1) -> float:
@@ -198,7 +203,7 @@ class TrainLoss:
             spans=tuple(span + extra for span in spans),
             independent_axes=has_jitter,
         )
-        rows = [EncoderRows(sampled.positions_PLA, windows)]
+        rows = [EncoderRows(sampled.positions_PLA.reshape(-1, len(shape)), windows)]
         if sampled.contrastive is not None:
             for positions in (sampled.contrastive.anchors_BA, sampled.contrastive.candidates_BCA):
                 rows.append(EncoderRows(positions, PositionStructure(positions.size // positions.shape[-1])))
@@ -211,81 +216,111 @@ class TrainLoss:
     def _encode(
         self, params: Params, rows: list[EncoderRows], dropout_key: jax.Array, positions_from_batch: bool
     ) -> list[jax.Array]:
-        """Returns the vectors [R, E] of each element of `rows`, from one call with rows sharded over the devices.
+        """Returns the vectors [..., E] of each element of `rows`, from one call with rows sharded over the devices.
 
-        Each shard has an equal part of the windows, which stays where it is, and one of the other rows, which are few and
-        gathered.
+        Each shard has an equal part of the first dimension of each element; all but the windows keep its padding.
         """
-        axes, num_shards = rows[0].positions.shape[-1], shards(ENCODER_ROWS)
-        windows_RA, *others = (part.positions.reshape(-1, axes) for part in rows)
-        by_shard = [
-            jnp.pad(part_RA, ((0, -len(part_RA) % num_shards), (0, 0))).reshape(num_shards, -1, axes)
-            for part_RA in (windows_RA, *([jnp.concatenate(others)] if others else []))
-        ]
-        window_rows = by_shard[0].shape[1]
-        positions_RA = jnp.concatenate(by_shard, axis=1).reshape(-1, axes)
-        # Replicated: drawn in part on each device, positions would have to be agreed on in every turn of a loop.
-        positions_RA = with_logical_constraint(positions_RA, None, None)
+        num_shards = shards(ENCODER_ROWS)
+        positions = [_pad_to_shards(part.positions) for part in rows]
         # Groups describe all rows together, not those of one shard.
         structures = () if positions_from_batch or num_shards > 1 else [part.structure for part in rows]
 
-        def encode_shard(positions_RA: jax.Array, shard: jax.Array, key: jax.Array, params: Params) -> jax.Array:
+        def encode_shard(shard: jax.Array, key: jax.Array, *arguments: Any) -> tuple[jax.Array, ...]:
+            *parts, params = arguments
             if num_shards > 1:
                 key = jax.random.fold_in(key, shard[0])
-            return self.model_spec.encoding.apply(
+            flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+            vectors_RE = self.model_spec.encoding.apply(
                 {"params": params},
-                positions_RA,
+                jnp.concatenate(flat),
                 deterministic=False,
                 method="vectors",
                 structures=structures,
                 rngs={"dropout": key},
             )
+            split = jnp.split(vectors_RE, list(itertools.accumulate(map(len, flat)))[:-1])
+            return tuple(one.reshape(*part.shape[:-1], -1) for one, part in zip(split, parts, strict=True))
 
-        vectors_RE = shard_map(
+        windows_RE, *others = shard_map(
             encode_shard,
-            (positions_RA, jnp.arange(num_shards), dropout_key),
-            ((ENCODER_ROWS, None), (ENCODER_ROWS,), (None,) * dropout_key.ndim),
+            (jnp.arange(num_shards), dropout_key, *positions),
+            ((ENCODER_ROWS,), (None,) * dropout_key.ndim, *map(_sharded_first, positions)),
+            results=[_sharded_first(part) for part in positions],
             params=params,
             root="encoding",
         )
-        width = vectors_RE.shape[-1]
-        vectors_SRE = with_logical_constraint(vectors_RE.reshape(num_shards, -1, width), ENCODER_ROWS, None, None)
-        windows_RE = vectors_SRE[:, :window_rows].reshape(-1, width)[: len(windows_RA)]
-        if not others:
-            return [windows_RE]
-        ends = list(itertools.accumulate(map(len, others)))
-        others_RE = vectors_SRE[:, window_rows:].reshape(-1, width)[: ends[-1]]
-        return [windows_RE, *jnp.split(with_logical_constraint(others_RE, None, None), ends[:-1])]
+        return [windows_RE[: len(rows[0].positions)], *others]
+
+    def _losses_of_shards(
+        self, function: Callable[..., jax.Array], arrays: Sequence[jax.Array], params: Params, space: str
+    ) -> jax.Array:
+        """Returns the losses of samples, float32[B], with samples sharded over the devices; of one shard the mean, float32[1].
+
+        Args:
+          function: of the arrays and parameters of a shard and whether it is one of several -> losses.
+          arrays: the first dimension of each is split.
+          params: parameters of the encoding.
+          space: of the term; "logits" needs the parameters.
+        """
+        several = shards(ENCODER_ROWS) > 1
+
+        def of_shard(*arguments: Any) -> tuple[jax.Array]:
+            parts, own = (arguments[:-1], arguments[-1]) if space == "logits" else (arguments, {})
+            return (function(own, several, *parts),)
+
+        (losses_B,) = shard_map(
+            of_shard,
+            arrays,
+            [_sharded_first(array) for array in arrays],
+            results=((ENCODER_ROWS,),),
+            params=params if space == "logits" else None,
+            root="encoding",
+        )
+        return losses_B
 
     def _contrastive(
-        self, params: Params, anchors_BE: jax.Array, candidates_RE: jax.Array, labels_B: jax.Array
+        self,
+        params: Params,
+        several: bool,
+        anchors_BE: jax.Array,
+        candidates_BCE: jax.Array,
+        labels_B: jax.Array,
     ) -> jax.Array:
-        settings, batch = self.settings.contrastive, len(anchors_BE)
+        settings = self.settings.contrastive
         options = {"label_smoothing": settings.label_smoothing, "floor": settings.floor}
-        if settings.space == "vectors":
-            candidates_BCE = candidates_RE.reshape(batch, -1, anchors_BE.shape[-1])
-            heads = self.model_spec.heads if settings.per_head else None
-            return contrastive_loss(anchors_BE, candidates_BCE, labels_B, heads=heads, scale=settings.scale, **options)
-        query, _ = self._query_key(params, anchors_BE)
-        _, key = self._query_key(params, candidates_RE)
-        key = key.reshape(*key.shape[:-3], batch, -1, *key.shape[-2:])
-        logits = settings.scale * dot_products("...bhf,...bchf->...hbc", query, key)
-        if settings.head_scales:
-            logits = logits * jnp.array(settings.head_scales)[:, None, None]
-        return contrastive_logits_loss(logits, labels_B, **options)
 
-    def _distillation(self, params: Params, teacher_BME: jax.Array, student_BME: jax.Array) -> jax.Array:
+        def loss(anchors_BE: jax.Array, candidates_BCE: jax.Array, labels_B: jax.Array) -> jax.Array:
+            if settings.space == "vectors":
+                heads = self.model_spec.heads if settings.per_head else None
+                return contrastive_loss(
+                    anchors_BE, candidates_BCE, labels_B, heads=heads, scale=settings.scale, **options
+                )
+            query, _ = self._query_key(params, anchors_BE)
+            _, key = self._query_key(params, candidates_BCE)
+            logits = settings.scale * dot_products("...bhf,...bchf->...hbc", query, key)
+            if settings.head_scales:
+                logits = logits * jnp.array(settings.head_scales)[:, None, None]
+            return contrastive_logits_loss(logits, labels_B, **options)
+
+        return _by_sample(loss, several, anchors_BE, candidates_BCE, labels_B)
+
+    def _distillation(
+        self, params: Params, several: bool, window_1LE: jax.Array, student_BME: jax.Array, indices_BM: jax.Array
+    ) -> jax.Array:
         settings = self.settings.distillation
         options = {"metric": settings.metric, "beta": settings.beta, "reduction": settings.reduction}
-        if settings.space == "vectors":
-            heads = self.model_spec.heads if settings.per_head else None
-            return distillation_loss(teacher_BME, student_BME, heads=heads, scale=settings.scale, **options)
 
         def similarities(vectors_BME: jax.Array) -> jax.Array:
             query, key = self._query_key(params, vectors_BME)
             return settings.scale * dot_products("...bmhf,...bnhf->...bhmn", query, key)
 
-        return distillation_logits_loss(similarities(teacher_BME), similarities(student_BME), **options)
+        def loss(teacher_BME: jax.Array, student_BME: jax.Array) -> jax.Array:
+            if settings.space == "vectors":
+                heads = self.model_spec.heads if settings.per_head else None
+                return distillation_loss(teacher_BME, student_BME, heads=heads, scale=settings.scale, **options)
+            return distillation_logits_loss(similarities(teacher_BME), similarities(student_BME), **options)
+
+        return _by_sample(loss, several, window_1LE[0][indices_BM], student_BME)
 
     def _query_key(self, params: Params, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns position queries and keys [(layers,) ..., heads or 1, F] of vectors [..., E]."""
@@ -297,6 +332,33 @@ def _forward_flops(train_loss: TrainLoss, microbatch: tuple[tuple[str, jax.Shape
     """Returns the FLOPs of the loss of a batch, given as the items of a dict."""
     key, step = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
     return param_matmul_flops(train_loss.loss, train_loss.model_spec.shapes, dict(microbatch), key, step)
+
+
+def _pad_to_shards(array: jax.Array) -> jax.Array:
+    """Returns an array whose first dimension divides over the devices.
+
+    It is replicated: drawn in part on each device, positions would have to be agreed on in every turn of a loop.
+    """
+    padded = jnp.pad(array, ((0, -len(array) % shards(ENCODER_ROWS)), *((0, 0),) * (array.ndim - 1)))
+    return with_logical_constraint(padded, *(None,) * array.ndim)
+
+
+def _sharded_first(array: jax.Array) -> tuple[str | None, ...]:
+    """Returns logical names for an array that is split along its first dimension."""
+    return ENCODER_ROWS, *(None,) * (array.ndim - 1)
+
+
+def _by_sample(loss: Callable[..., jax.Array], several: bool, *arrays: jax.Array) -> jax.Array:
+    """Returns the loss of each sample of a shard, float32[B], so that those of the padding can be left out.
+
+    Args:
+      loss: of arrays with a leading dimension of samples -> mean.
+      several: False = there is no other shard, and no padding: the mean of all, float32[1].
+      arrays: of the shard.
+    """
+    if not several:
+        return loss(*arrays)[None]
+    return jax.vmap(lambda *sample: loss(*(array[None] for array in sample)))(*arrays)
 
 
 def term_weight(settings: Any, step: jax.Array) -> jax.Array | float:

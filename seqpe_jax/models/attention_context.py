@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention_dispatch import Backend, KernelBlocks, dispatch
 from seqpe_jax.models.attention_inputs import ATTENTION_RESULT, MASK_VALUE, AttentionInputs
+from seqpe_jax.ring import reduce_scatter
 
 MODES = ("gather", "ring")
 MAX_GATHERED_BYTES = 2**30  # of one device's keys, values and position keys, from which on "auto" takes the ring
@@ -222,39 +223,11 @@ def _all_gather_forward(array: jax.Array, axis: int, split: Split) -> tuple[jax.
 
 
 def _all_gather_backward(axis: int, split: Split, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """Returns this device's shard of the sum of all devices' gradients.
-
-    `psum_scatter` would say it in one line. But a TPU's compiler turns it into an all-reduce of all shards, for which the
-    device waits, unless the axis is the outermost in memory. Sums that travel from device to device, one half of the columns
-    in each direction of the ring, are a half of those bytes and go on while the device computes.
-    """
-    half = gradient.shape[-1] // 2
-    columns = [gradient[..., :half], gradient[..., half:]] if half else [gradient]
-    shards = [_travelling_sum(part, axis, split, step) for part, step in zip(columns, (1, -1), strict=False)]
-    return (jnp.concatenate(shards, axis=-1) if half else shards[0],)
+    """Returns this device's shard of the sum of all devices' gradients."""
+    return (reduce_scatter(gradient, axis, split.axes),)
 
 
 _all_gather.defvjp(_all_gather_forward, _all_gather_backward)
-
-
-def _travelling_sum(array: jax.Array, axis: int, split: Split, step: int) -> jax.Array:
-    """Returns this device's shard of the sum over devices, whose parts are sent on by `step` = 1 or -1 devices at a time.
-
-    The sum of a shard begins at the device after its own and ends at its own.
-    """
-    count, device = split.shards, split.device()
-    length = array.shape[axis] // count
-    pairs = [(source, (source + step) % count) for source in range(count)]
-
-    def own(turn: int) -> jax.Array:
-        shard = (device - step * (1 + turn)) % count
-        return jax.lax.dynamic_slice_in_dim(array, shard * length, length, axis)
-
-    total = own(0)
-    for turn in range(1, count):
-        sent = jax.lax.ppermute(total, split.axes, pairs)
-        total = (sent.astype(jnp.float32) + own(turn).astype(jnp.float32)).astype(array.dtype)
-    return total
 
 
 def _at(inputs: AttentionInputs, first_query: Any, first_key: Any, mean_offset: int) -> AttentionInputs:

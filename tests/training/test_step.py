@@ -118,10 +118,11 @@ def check_mesh(settings, expected, sizes):
 
 
 def count_rows(settings):
-    """Encoder rows of a step, padded to the eight devices."""
+    """Encoder rows of a step on each of eight devices: a part of the windows, and whole samples of the losses."""
     terms, places = settings.objective, int(np.prod(settings.grid))
-    rows = terms.shift.sets * places + terms.contrastive.batch * (1 + terms.contrastive.candidates)
-    return -(-(rows + terms.distillation.batch * terms.distillation.offsets) // 8) * 8
+    samples = [terms.contrastive.batch] * (1 + terms.contrastive.candidates)
+    samples += [terms.distillation.batch] * terms.distillation.offsets
+    return sum(-(-count // 8) for count in [terms.shift.sets * places, *samples])
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
@@ -133,11 +134,11 @@ def test_meshes_equal_one_device(with_offsets, single, sizes, monkeypatch):
         monkeypatch.setattr(seqpe, "MAX_SHARED_FRACTION", 10.0)  # eight rows per device share too few prefixes
     program = check_mesh(with_offsets, single, sizes)
     rows, places = count_rows(with_offsets), 4  # three digits, and CLS; hidden units of the encoder: 96
-    assert f"f32[{rows},{places},96]" not in program and f"f32[{rows},96]" not in program
+    assert f"f32[{8 * rows},{places},96]" not in program and f"f32[{8 * rows},96]" not in program
     if "tensor" in sizes:  # each device has a trie of its own rows
-        assert levels[-1][-1] == rows // 8 and f"f32[{sum(levels[-1]) + levels[-1][-1]},96]" in program
+        assert levels[-1][-1] == rows and f"f32[{sum(levels[-1]) + levels[-1][-1]},96]" in program
     else:
-        assert not levels and f"f32[{rows // 8},{places},96]" in program
+        assert not levels and f"f32[{rows},{places},96]" in program
 
 
 def test_scanned_layers_of_a_llama_on_a_mesh_equal_blocks_on_one_device():
@@ -161,7 +162,7 @@ def test_a_mesh_equals_one_device_on_images(images, single_images):
     sizes = {"fsdp": 2, "context": 2, "tensor": 2}
     program = check_mesh(images, single_images, sizes)
     rows, places = count_rows(images), 7  # three digits for each coordinate, and CLS
-    assert f"f32[{rows // 8},{places},16]" in program and f"f32[{rows},{places},16]" not in program
+    assert f"f32[{rows},{places},16]" in program and f"f32[{8 * rows},{places},16]" not in program
 
 
 def test_an_initial_state_on_a_mesh_is_that_of_one_device():
