@@ -5,6 +5,7 @@ that is split is the outermost in memory. Sums that travel, one half of the colu
 of those bytes and need no waiting.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,14 +18,17 @@ def reduce_scatter(array: jax.Array, axis: int, mesh_axes: tuple[str, ...]) -> j
     Args:
       array: this device's summands of all shards.
       axis: its axis that is split; not the last.
-      mesh_axes: names of the mesh axes over which devices are added up.
+      mesh_axes: names of the mesh axes over which devices are added up, one after the other.
     """
-    length = array.shape[axis] // jax.lax.axis_size(mesh_axes)
+    for name in mesh_axes:
+        if (count := jax.lax.axis_size(name)) > 1:
+            array = _in_both_directions(functools.partial(_part, count=count, axis=axis), array, name)
+    return array
 
-    def summand(columns: jax.Array, shard: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(columns, shard * length, length, axis)
 
-    return _in_both_directions(summand, array, mesh_axes)
+def _part(array: jax.Array, shard: jax.Array, count: int, axis: int) -> jax.Array:
+    length = array.shape[axis] // count
+    return jax.lax.dynamic_slice_in_dim(array, shard * length, length, axis)
 
 
 def matmul_reduce_scatter(left_TV: jax.Array, right_VD: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
@@ -35,45 +39,46 @@ def matmul_reduce_scatter(left_TV: jax.Array, right_VD: jax.Array, mesh_axes: tu
     Args:
       left_TV: its rows divide over the devices.
       right_VD: second factor.
-      mesh_axes: names of the mesh axes over which devices are added up.
+      mesh_axes: names of the mesh axes over which devices are added up, one after the other.
     """
-    if jax.lax.axis_size(mesh_axes) == 1:
+    names = [name for name in mesh_axes if jax.lax.axis_size(name) > 1]
+    if not names:
         return left_TV @ right_VD
-    length = len(left_TV) // jax.lax.axis_size(mesh_axes)
+    first, *others = names
 
     def summand(columns: jax.Array, shard: jax.Array) -> jax.Array:
-        rows = jax.lax.dynamic_slice_in_dim(left_TV, shard * length, length)
+        rows = _part(left_TV, shard, jax.lax.axis_size(first), 0)
         return jnp.matmul(rows, columns, preferred_element_type=jnp.float32)
 
-    return _in_both_directions(summand, right_VD, mesh_axes).astype(left_TV.dtype)
+    return reduce_scatter(_in_both_directions(summand, right_VD, first).astype(left_TV.dtype), 0, tuple(others))
 
 
 def _in_both_directions(
-    summand: Callable[[jax.Array, jax.Array], jax.Array], array: jax.Array, mesh_axes: tuple[str, ...]
+    summand: Callable[[jax.Array, jax.Array], jax.Array], array: jax.Array, mesh_axis: str
 ) -> jax.Array:
     """Returns this device's shard of a sum, of which each half of the columns travels in its own direction.
 
     Args:
       summand: (half of the columns, index of a shard) -> this device's summand of that part of that shard.
       array: its last dimension is the columns.
-      mesh_axes: names of the mesh axes over which devices are added up.
+      mesh_axis: name of the mesh axis over which devices are added up.
     """
     half = array.shape[-1] // 2
     if not half:
-        return _travelling_sum(summand, array, mesh_axes, 1)
+        return _travelling_sum(summand, array, mesh_axis, 1)
     columns = array[..., :half], array[..., half:]
-    sums = [_travelling_sum(summand, part, mesh_axes, step) for part, step in zip(columns, (1, -1), strict=True)]
+    sums = [_travelling_sum(summand, part, mesh_axis, step) for part, step in zip(columns, (1, -1), strict=True)]
     return jnp.concatenate(sums, axis=-1)
 
 
 def _travelling_sum(
-    summand: Callable[[jax.Array, jax.Array], jax.Array], array: jax.Array, mesh_axes: tuple[str, ...], step: int
+    summand: Callable[[jax.Array, jax.Array], jax.Array], array: jax.Array, mesh_axis: str, step: int
 ) -> jax.Array:
     """Returns this device's shard of a sum in the dtype of `array`, sent on by `step` = 1 or -1 devices at a time.
 
     The sum of a shard begins at the device after its own and ends at its own.
     """
-    count, device = jax.lax.axis_size(mesh_axes), jax.lax.axis_index(mesh_axes)
+    count, device = jax.lax.axis_size(mesh_axis), jax.lax.axis_index(mesh_axis)
     pairs = [(source, (source + step) % count) for source in range(count)]
 
     def own(turn: int) -> jax.Array:
@@ -81,6 +86,6 @@ def _travelling_sum(
 
     total = own(0).astype(array.dtype)
     for turn in range(1, count):
-        sent = jax.lax.ppermute(total, mesh_axes, pairs)
+        sent = jax.lax.ppermute(total, mesh_axis, pairs)
         total = (sent.astype(jnp.float32) + own(turn).astype(jnp.float32)).astype(array.dtype)
     return total

@@ -37,7 +37,7 @@ from seqpe_jax.axes import (
     use_sharding,
 )
 from seqpe_jax.errors import InputError
-from seqpe_jax.ring import matmul_reduce_scatter
+from seqpe_jax.ring import matmul_reduce_scatter, reduce_scatter
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -298,35 +298,43 @@ class MeshSharding:
     def copy_per_shard(self, field: jax.Array, over: str, names: Sequence[str | None]) -> jax.Array:
         """Returns `axes.copy_per_shard`; the gradient is summed into shards of positions.
 
-        First over fsdp and context, where each device keeps its part, then over the other axes: so no sum over fsdp is whole.
+        Both go over fsdp and context by themselves, where parts are large enough, and over data with those parts alone: a TPU's
+        compiler makes one gather or sum of few rows for each of all devices an all-reduce of the whole, for which they wait.
         """
         if self.mesh.size == 1:
             return field
-        axes, (_, length, *rest) = ACTIVATION_RULES[over], field.shape
-        shape = (self.shards(over), length, *rest)
+        shape = (self.shards(over), *field.shape[1:])
         copied = self.spec(shape, (over, *(names or (None,) * (field.ndim - 1))))
-        sizes = tuple(self.mesh.shape[axis] for axis in axes)
-        inner = tuple(at for at, axis in enumerate(axes) if axis in ACTIVATION_RULES[PARAM_SHARDS])
-        outer = [axis for at, axis in enumerate(axes) if at not in inner]
-        first = tuple(axis for axis in ACTIVATION_RULES[POSITIONS] if axis in ACTIVATION_RULES[PARAM_SHARDS])
-        width = math.prod(rest)
-        part, whole = (
-            self.spec((length, width), (POSITIONS, None), {POSITIONS: axes})
-            for axes in (first, ACTIVATION_RULES[POSITIONS])
-        )
+        split = self.mesh_axes(LENGTH) if copied[1] else ()
+        inner = tuple(axis for axis in self.mesh_axes(POSITIONS) if axis not in ("data", *split))
+        inner = inner if self._divides(field.shape[1], (*split, *inner)) else ()
+        outer = ("data",) if self._divides(field.shape[1], (*split, *inner, "data")) else ()
+        added = tuple(axis for axis in ACTIVATION_RULES[over] if axis not in (*inner, *outer))
 
         @jax.custom_vjp
         def copy(field: jax.Array) -> jax.Array:
+            field = self._constrain(field, PartitionSpec(None, (*split, *inner), *copied[2:]))
             return self._constrain(jnp.broadcast_to(field, shape), copied)
 
+        def add_up(gradient: jax.Array) -> jax.Array:
+            rows = gradient.reshape(gradient.shape[1], -1)
+            if inner:
+                rows = reduce_scatter(rows, 0, inner)
+            rows = jax.lax.psum(rows, added)
+            if outer:
+                rows = jax.lax.psum_scatter(rows, outer, tiled=True)
+            return rows.reshape(1, len(rows), *gradient.shape[2:])
+
         def sum_shards(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-            gradient = gradient.reshape(*sizes, length, width).sum(axis=inner)
-            gradient = self._constrain(gradient, PartitionSpec(*outer, *part))
-            gradient = self._constrain(gradient.sum(axis=tuple(range(len(outer)))), whole)
-            return (gradient.reshape(1, length, *rest),)
+            summed = PartitionSpec(None, (*split, *inner, *outer), *copied[2:])
+            add = jax.shard_map(add_up, mesh=self.mesh, in_specs=copied, out_specs=summed, check_vma=False)
+            return (add(self._constrain(gradient, copied)),)
 
         copy.defvjp(lambda field: (copy(field), None), sum_shards)
         return copy(field)
+
+    def _divides(self, size: int, axes: Sequence[str]) -> bool:
+        return size % math.prod(self.mesh.shape[axis] for axis in axes) == 0
 
     def _constrain(self, array: jax.Array, spec: PartitionSpec) -> jax.Array:
         if self.mesh.size == 1:
