@@ -15,6 +15,8 @@ from seqpe_jax.losses import blockwise
 from seqpe_jax.losses.task import NetworkCall, NextTokenLoss
 from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import TransformerConfig
+from seqpe_jax.profiling.collectives import collectives
+from seqpe_jax.profiling.hlo import HloModule
 from tests.jaxprs import has_array_of_size
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 4, 10, 8, 37  # no size divides over all meshes, nor into blocks
@@ -75,8 +77,12 @@ def test_blocks_have_the_loss_and_gradients_of_all_logits(name, tied, weighted, 
         params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes))
     monkeypatch.setattr(blockwise, "LOGITS_PER_BLOCK", 100)
     calls = count_calls("weighted_loss", monkeypatch)
-    close(loss_and_gradients(tied, weighted, mesh, **fields)(params), expected)
+    compiled = loss_and_gradients(tied, weighted, mesh, **fields).lower(params).compile()
+    close(compiled(params), expected)
     assert calls
+    if mesh is not None:  # gradients of states are added up while they travel: a TPU would wait for a sum of all
+        sent = collectives(HloModule(compiled.as_text())).by_kind
+        assert "reduce-scatter" not in sent and sent["collective-permute"]["count"] > 0
 
 
 def test_evaluation_has_the_same_losses(monkeypatch):
