@@ -105,7 +105,7 @@ def test_bad_arguments_are_refused(commands, trained, tmp_path):
         (["--prompts-file=DIR/empty.txt"], ["line 1", "empty.txt"]),
         (["--prompt=abc", "--output=DIR"], ["--output", "folder"]),
         (["--prompt=abc", "--promt=abc"], ["promt"]),
-        (["--prompt=abc", "--checkpoint=DIR/none"], ["no such directory"]),
+        (["--prompt=abc", "--checkpoint=DIR/none"], ["none does not exist"]),
     ):
         arguments = [argument.replace("DIR", str(tmp_path)) for argument in arguments]
         result = commands("generate", *with_defaults(arguments, checkpoint=trained))

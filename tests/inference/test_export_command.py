@@ -264,7 +264,7 @@ def test_export_refuses_arguments(commands, on_text, on_images, text_export, tmp
         ("--max-length=0", "max-length", "0"),
         ("--platforms=", "--platforms", "cpu, cuda, tpu"),
         (f"--output={full}", "FULL", "not an empty folder"),
-        ("--checkpoint=nowhere", "no such directory: nowhere"),
+        ("--checkpoint=nowhere", "nowhere does not exist"),
     ):
         result = commands("export", *with_defaults([argument], checkpoint=on_text, output=output))
         refused(result, *words)

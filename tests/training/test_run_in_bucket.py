@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from seqpe_jax import files, load
+from seqpe_jax.reporting.report import write_report
 from seqpe_jax.run_dir import RunDir
 from tests.commands import Commands, Result, free_port, hosts, train_arguments
 from tests.emulator import Store
 from tests.run_files import measured
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 FIELDS = {
     "steps": 9,
@@ -65,12 +66,12 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tm
     assert any("tfevents" in path.name for path in files.list_files(bucket / "tensorboard"))
 
     good(commands, store, "evaluate", f"--checkpoint={bucket}", "--lengths=16,32", f"--output={bucket}/evaluation.json")
-    good(commands, store, "report", f"--workdir={bucket}", f"--output={bucket}/report")
+    write_report(bucket, bucket / "report")
     assert "report.html" in {path.name for path in (bucket / "report").iterdir()}
     assert "cosine" in dict(np.load((bucket / "similarity.npz").open("rb")))
-    export = f"{bucket}_export"
-    good(commands, store, "export", f"--checkpoint={bucket}", f"--output={export}", "--platforms=cpu")
-    local, remote, exported = (load(path) for path in (disk, bucket, export))
+    local, remote = load(disk), load(bucket)
+    remote.export(f"{bucket}_export", platforms=("cpu",))
+    exported = load(f"{bucket}_export")
     jax.tree.map(np.testing.assert_array_equal, local.params, remote.params)
     ids = np.frombuffer(b"12 times 12 is 1", np.uint8).astype(np.int32)[None]
     np.testing.assert_allclose(exported.logits(ids), local.logits(ids), atol=1e-4)
@@ -86,7 +87,7 @@ def test_bad_addresses_are_refused_in_one_line(commands, store, text):
             "--workdir=gs://no-such-bucket/run: there is no buc",
         ),
         ("train", ["--config=gs://runs/config.py", *train[1:2]], "config files are Python"),
-        ("evaluate", [f"--checkpoint={store.folder}/none"], f"no such directory: {store.folder}/none"),
+        ("evaluate", [f"--checkpoint={store.folder}/none"], f"{store.folder}/none does not exist"),
         ("train", train, "access denied"),
     ):
         store.fail(403 if "denied" in words else 0)
