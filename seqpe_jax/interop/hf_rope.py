@@ -1,7 +1,7 @@
 """RoPE as Hugging Face's config.json writes it, in both forms: of transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from seqpe_jax.config import RotaryConfig
@@ -47,19 +47,18 @@ TYPES: dict[str, dict[str, bool]] = {
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def rope_from_hf(settings: Mapping[str, Any], head_width: int, ignore: Collection[str] = ()) -> dict[str, Any]:
+def rope_from_hf(settings: Mapping[str, Any], head_width: int) -> dict[str, Any]:
     """Returns the fields of the encoding `rotary` that a config.json describes, as transformers 5 computes it.
 
     Args:
       settings: content of config.json, with model_type and max_position_embeddings.
       head_width: features of one head.
-      ignore: dotted names of fields to ignore, such as "rope_scaling.finetuned".
 
     Raises:
       InputError: a field that is not read, lacks its value or contradicts another one; names it.
     """
     architecture = settings.get("model_type", "")
-    form, rope = _parameters(settings, ignore)
+    form, rope = _parameters(settings)
     theta = _agreeing(
         settings, ("rope_theta", "rotary_emb_base"), form, rope, DEFAULT_THETA.get(architecture, 10_000.0)
     )
@@ -147,11 +146,9 @@ def _agreeing(
     return next(iter(values.values()), default)
 
 
-def _parameters(settings: Mapping[str, Any], ignore: Collection[str]) -> tuple[str, dict[str, Any]]:
+def _parameters(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name of the form that describes the rotations, and its fields, checked, with rope_type; null ones are absent."""
-    found = {
-        form: _form(form, settings[form], ignore) for form in ("rope_scaling", "rope_parameters") if settings.get(form)
-    }
+    found = {form: _form(form, settings[form]) for form in ("rope_scaling", "rope_parameters") if settings.get(form)}
     if len(found) == 2:
         own = [{name: value for name, value in one.items() if name not in OF_BASE} for one in found.values()]
         if own[0] != own[1]:
@@ -161,19 +158,19 @@ def _parameters(settings: Mapping[str, Any], ignore: Collection[str]) -> tuple[s
     return next(reversed(found.items()), ("rope_parameters", {}))
 
 
-def _form(form: str, own: Any, ignore: Collection[str]) -> dict[str, Any]:
+def _form(form: str, own: Any) -> dict[str, Any]:
     """The fields of one form, which it may have for each type of layer."""
     if not isinstance(own, Mapping):
         raise InputError(f"config.json: {form} must hold fields, got {own!r}")
     nested = {name: own[name] for name in own if name in LAYER_TYPES}
     if not nested:
-        return _checked(form, own, form, ignore)
+        return _checked(form, own)
     if len(nested) < len(own):
         raise InputError(f"config.json: {form} names layer types and other fields side by side: {', '.join(own)}")
     for name, value in nested.items():
         if not isinstance(value, Mapping):
             raise InputError(f"config.json: {form}.{name}={value!r}: rotations of a layer type must hold fields")
-    each = [_checked(f"{form}.{name}", value, form, ignore) for name, value in nested.items()]
+    each = [_checked(f"{form}.{name}", value) for name, value in nested.items()]
     if any(one != each[0] for one in each):
         raise InputError(
             f"config.json: {form} differs between {' and '.join(nested)}: one RoPE for all layers can be read"
@@ -181,9 +178,9 @@ def _form(form: str, own: Any, ignore: Collection[str]) -> dict[str, Any]:
     return each[0]
 
 
-def _checked(where: str, rope: Mapping[str, Any], form: str, ignore: Collection[str]) -> dict[str, Any]:
+def _checked(where: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of one RoPE that are not null, with rope_type in place of type. Raises: InputError: names a field."""
-    rope = {name: value for name, value in rope.items() if value is not None and f"{form}.{name}" not in ignore}
+    rope = {name: value for name, value in rope.items() if value is not None}
     kinds = {rope[name] for name in ("rope_type", "type") if isinstance(rope.get(name), str)}
     if len(kinds) > 1:
         raise InputError(f"config.json: {where}.rope_type and {where}.type differ: keep one of them")
@@ -194,7 +191,8 @@ def _checked(where: str, rope: Mapping[str, Any], form: str, ignore: Collection[
         if name not in ANY_TYPE and name not in TYPES[kind] and not (kind == "dynamic" and name == ORIGINAL):
             known = (*ANY_TYPE, *TYPES[kind])
             raise InputError(
-                f"config.json: {where}.{name} is not read with rope_type='{kind}', which reads {', '.join(known)}"
+                f"config.json: {where}.{name} is not read with rope_type='{kind}', which reads {', '.join(known)}; "
+                f"--ignore-fields={where}.{name} passes over it"
             )
         if name in ("short_factor", "long_factor"):
             if not isinstance(value, (list, tuple)):
