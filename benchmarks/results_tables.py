@@ -42,6 +42,7 @@ TASKS = {
     "study_text_fair": "text",
     "study_text": "text",
     "encoder_width": "text",
+    "extend_context": "text",
     "questions": "questions",
     "study_images": "images",
     "moving_digits": "video",

@@ -63,7 +63,10 @@ def _compared(names: list[str]) -> dict[str, config.Config]:
     """Returns the configs of variants of the config file. Raises: InputError: names or options that do not fit together."""
     if len(set(names)) < len(names):
         raise InputError(f"--compare names an encoding twice: {','.join(names)}")
-    page, _, variant = config_flags.config_path().partition(":")
+    path = config_flags.config_path()
+    page, variant = config.split_folder(path)
+    if not page:
+        page, _, variant = path.partition(":")
     overrides = config_flags.config_overrides()
     if variant or "encoding.kind" in overrides:
         chosen = f"'{variant}'" if variant else "--config.encoding.kind"
