@@ -81,6 +81,11 @@ def test_a_failed_trial_is_left_out_where_runs_are_there(results, tmp_path):
     del results["runs"]["seqpe-learning_rate=0.002"]
     [parts] = tuning_table.tuning_tables(read(results, tmp_path))
     assert [cell.text for cell in parts.rows[0][1:5]] == ["4 of 5", "2.0000", "1.7000", "pairs + gate"]
+    del results["runs"]["seqpe-two"]
+    for seed in (1, 2):
+        del results["runs"][f"seqpe-{seed}"]["settings"]["encoding.gate"]
+    [parts] = tuning_table.tuning_tables(read(results, tmp_path))
+    assert [cell.text for cell in parts.rows[0][1:5]] == ["3 of 5", "2.0000", "1.8000", "pairs"]
 
 
 def test_a_file_without_a_plan_or_another_one_is_refused(results, tmp_path):
