@@ -23,7 +23,7 @@ TENSORBOARD_SECONDS = 10.0  # between writes of events, each of which waits for 
 class MetricsWriter:
     """Appends one object per step to WORKDIR/metrics.jsonl, and the same values to TensorBoard; on the main process only.
 
-    What cannot be written, e.g. on a full disk, is kept and written with the next step; the first failure prints one line. A
+    What cannot be written, e.g. on a full disk, waits, and is written with the next step; the first failure prints one line. A
     resumed run drops what an earlier start wrote past the step that it resumes from. Nothing can be appended in a bucket: there
     both lie on this machine and are uploaded every `UPLOAD_SECONDS` and by `flush`.
 
@@ -83,11 +83,11 @@ class MetricsWriter:
             self._has_failed = False
         except OSError as error:
             if not self._has_failed:
-                ProgressLine(1).say(f"{self._path}: {error.strerror}: metrics are kept and written when there is space")
+                ProgressLine(1).say(f"{self._path}: {error.strerror}: they are written when there is space again")
             self._has_failed = True
 
     def flush(self) -> None:
-        """Writes what is kept, and uploads the metrics if the run is in a bucket. Raises: StoreError."""
+        """Writes what waits, and uploads the metrics if the run is in a bucket. Raises: StoreError."""
         if self._file is None:
             return
         self._write_pending()
@@ -149,7 +149,5 @@ class _TensorBoard:
             self._events, self._has_failed = [], False
         except OSError as error:
             if not self._has_failed:
-                ProgressLine(1).say(
-                    f"{self._folder}: {error.strerror}: events are kept and written when there is space"
-                )
+                ProgressLine(1).say(f"{self._folder}: {error.strerror}: events are written when there is space again")
             self._has_failed, self._writer = True, None
