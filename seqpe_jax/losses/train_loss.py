@@ -257,16 +257,16 @@ class TrainLoss:
         """Returns the losses of samples, float32[B], with samples sharded over the devices; of one shard the mean, float32[1].
 
         Args:
-          function: of the arrays and parameters of a shard and whether it is one of several -> losses.
+          function: of the arrays and parameters of a shard and whether it is one of many -> losses.
           arrays: the first dimension of each is split.
           params: parameters of the encoding.
           space: of the term; "logits" needs the parameters.
         """
-        several = shards(ENCODER_ROWS) > 1
+        is_sharded = shards(ENCODER_ROWS) > 1
 
         def of_shard(*arguments: Any) -> tuple[jax.Array]:
             parts, own = (arguments[:-1], arguments[-1]) if space == "logits" else (arguments, {})
-            return (function(own, several, *parts),)
+            return (function(own, is_sharded, *parts),)
 
         (losses_B,) = shard_map(
             of_shard,
@@ -281,7 +281,7 @@ class TrainLoss:
     def _contrastive(
         self,
         params: Params,
-        several: bool,
+        is_sharded: bool,
         anchors_BE: jax.Array,
         candidates_BCE: jax.Array,
         labels_B: jax.Array,
@@ -302,10 +302,10 @@ class TrainLoss:
                 logits = logits * jnp.array(settings.head_scales)[:, None, None]
             return contrastive_logits_loss(logits, labels_B, **options)
 
-        return _by_sample(loss, several, anchors_BE, candidates_BCE, labels_B)
+        return _by_sample(loss, is_sharded, anchors_BE, candidates_BCE, labels_B)
 
     def _distillation(
-        self, params: Params, several: bool, window_1LE: jax.Array, student_BME: jax.Array, indices_BM: jax.Array
+        self, params: Params, is_sharded: bool, window_1LE: jax.Array, student_BME: jax.Array, indices_BM: jax.Array
     ) -> jax.Array:
         settings = self.settings.distillation
         options = {"metric": settings.metric, "beta": settings.beta, "reduction": settings.reduction}
@@ -320,7 +320,7 @@ class TrainLoss:
                 return distillation_loss(teacher_BME, student_BME, heads=heads, scale=settings.scale, **options)
             return distillation_logits_loss(similarities(teacher_BME), similarities(student_BME), **options)
 
-        return _by_sample(loss, several, window_1LE[0][indices_BM], student_BME)
+        return _by_sample(loss, is_sharded, window_1LE[0][indices_BM], student_BME)
 
     def _query_key(self, params: Params, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns position queries and keys [(layers,) ..., heads or 1, F] of vectors [..., E]."""
@@ -348,15 +348,15 @@ def _sharded_first(array: jax.Array) -> tuple[str | None, ...]:
     return ENCODER_ROWS, *(None,) * (array.ndim - 1)
 
 
-def _by_sample(loss: Callable[..., jax.Array], several: bool, *arrays: jax.Array) -> jax.Array:
+def _by_sample(loss: Callable[..., jax.Array], is_sharded: bool, *arrays: jax.Array) -> jax.Array:
     """Returns the loss of each sample of a shard, float32[B], so that those of the padding can be left out.
 
     Args:
       loss: of arrays with a leading dimension of samples -> mean.
-      several: False = there is no other shard, and no padding: the mean of all, float32[1].
+      is_sharded: False = there is no other shard, and no padding: the mean of all, float32[1].
       arrays: of the shard.
     """
-    if not several:
+    if not is_sharded:
         return loss(*arrays)[None]
     return jax.vmap(lambda *sample: loss(*(array[None] for array in sample)))(*arrays)
 
