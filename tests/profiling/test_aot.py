@@ -209,6 +209,40 @@ known = options.format_options(options.TPU_OVERLAP | options.TPU_SLICES)
 print("refused", *options.refused_options(known + ("xla_tpu_no_such=true",), run.mesh.devices.flat[0]))
 print("compiled with", *run.config.mesh.compiler_options)
 """
+# Largest all-reduce over fsdp for which devices wait, of copies for shards.
+WAITS = """
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from seqpe_jax.axes import BATCH, HEADS, LENGTH
+from seqpe_jax.distributed import sharding as layout
+from seqpe_jax.distributed.hardware import find_chip
+from seqpe_jax.profiling import aot
+from seqpe_jax.profiling.collectives import collectives
+from seqpe_jax.profiling.hlo import HloModule
+from seqpe_jax.profiling.roofline import Interconnect
+
+def largest(mesh, function, *arguments):
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    links = Interconnect(mesh, find_chip(mesh.devices.flat[0].device_kind))
+    found = [one for one in collectives(HloModule(text)).collectives if one.kind == "all-reduce" and not one.hidden]
+    return max((one.largest for one in found if "fsdp" in links.mesh_axes(one.groups)), default=0)
+
+def abstract(mesh, shape, *spec, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+mesh = layout.make_mesh(16, 16, devices=aot.topology_devices("v5e:16x16"))
+names = LENGTH, HEADS, None
+
+def loss(field, x):
+    copies = layout.MeshSharding(mesh).copy_per_shard(field, BATCH, names)
+    layer = lambda total, _: (total + jnp.sin(copies * x * total), None)
+    return jax.lax.scan(layer, jnp.ones_like(copies), None, length=3)[0].sum()
+
+field = abstract(mesh, (1, 2048, 16, 16), None, ("context", "fsdp", "data"))
+print(largest(mesh, jax.grad(loss), field, abstract(mesh, (256, 1, 1, 1), layout.BATCH_AXES)))
+"""
 # Without the losses on vectors, which compile longest and hold no kernel.
 FIELDS = {
     "data.length": 384,
@@ -224,6 +258,19 @@ FIELDS = {
     "objective.contrastive.weight": 0.0,
     "objective.distillation.weight": 0.0,
 }
+
+
+@pytest.mark.slow
+def test_devices_wait_for_no_large_sum_over_fsdp(libtpu):
+    """Sums and gathers that a TPU's compiler makes all-reduces of whole arrays, where it is told of all shards at once."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if libtpu:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS], capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == 0, "bytes"
 
 
 @pytest.mark.slow
