@@ -262,7 +262,7 @@ FIELDS = {
 
 @pytest.mark.slow
 def test_devices_wait_for_no_large_sum_over_fsdp(libtpu):
-    """Sums and gathers that a TPU's compiler makes all-reduces of whole arrays, where it is told of all shards at once."""
+    """Sums and gathers that a TPU's compiler makes all-reduces of whole arrays, where it is given all shards at once."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     if libtpu:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
