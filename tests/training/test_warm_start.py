@@ -9,7 +9,6 @@ import pytest
 import tokenizers
 
 import seqpe_jax
-from examples import swap_positions
 from seqpe_jax import config
 from seqpe_jax.config.encodings import all_fields
 from seqpe_jax.encodings.absolute import resize_table
@@ -20,7 +19,7 @@ from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.warm_start import GATE_PARAMS, check_source, open_source
 from seqpe_jax.trees import flatten_dict
 from tests import goldens
-from tests.tiny import random_params, random_state, tiny_config
+from tests.tiny import ROOT, random_params, random_state, tiny_config
 from tests.training.test_trainer import written
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -136,8 +135,8 @@ def test_fields_on_which_parameters_do_not_depend(tmp_path):
     check_source(run.config, run.task, written(tmp_path / "rotary", tiny_config(variant="rotary"), **unused))
 
 
-def test_the_example_swaps_the_positions_of_a_folder(tmp_path, monkeypatch, capsys):
-    """Of a Hugging Face decoder, as README shows it, or of a run where its files are missing."""
+def test_readme_swaps_the_positions_of_a_folder(tmp_path, monkeypatch, capsys):
+    """The code of README, on a small Hugging Face decoder, or on a run where that is missing."""
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
     folder, decoder = tmp_path / "decoder", goldens.FOLDER / "hf" / "llama"
@@ -152,12 +151,20 @@ def test_the_example_swaps_the_positions_of_a_folder(tmp_path, monkeypatch, caps
         tokenizer.save(str(folder / "tokenizer.json"))
     else:
         saved(folder, variant="rotary")
-    fields = {"data.name": "text_files", "data.paths": (str(tmp_path / "text.txt"),), "data.length": 16, "steps": 1}
+    fields = {"data.paths": (str(tmp_path / "text.txt"),), "data.length": 16, "steps": 1}
     fields |= {"batch_size": 8, "eval.lengths": (16,), "encoding.layers": 1, "encoding.width": 12, "encoding.heads": 1}
     fields |= {"data.lossy_tokenizer": True} if decoder.is_dir() else {}
     fields |= {f"objective.{loss}.weight": 0.0 for loss in ("contrastive", "distillation")}
     monkeypatch.setattr(seqpe_jax.Model, "generate", lambda *_, **__: "text")
-    model = swap_positions.main(str(folder), str(tmp_path / "run"), **fields)
+    load = config.load
+    monkeypatch.setattr(config, "load", lambda page, given: load(page, given | fields))
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in blocks if "seqpe+rotary" in block)
+    for shown, real in (("path/of/a/decoder", folder), ("runs/swapped", tmp_path / "run")):
+        assert shown in block
+        block = block.replace(shown, str(real))
+    exec(block, {})
+    model = seqpe_jax.load(tmp_path / "run")
     printed = capsys.readouterr().out
     assert (
         "encoding/start_scale); encoding.kind: rotary -> seqpe" in printed and "as this run begins (+0.0000)" in printed
