@@ -2,22 +2,26 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from seqpe_jax import loading, trees
+from seqpe_jax import config, loading, trees
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import export, generate
 from seqpe_jax.inference.decode import Sampling
 from seqpe_jax.interop import convert, hf_decoders, hf_families
 from seqpe_jax.interop.hf import read_mapping
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks.base import ExportSignature
 from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
+from seqpe_jax.training.loop import train_and_evaluate
 from tests import goldens as stored
 from tests.interop.test_conversion import tokenizer_file
 from tests.tiny import ROOT, tiny_config
@@ -121,6 +125,50 @@ def test_greedy_texts_through_the_cache_and_through_an_export(folder):
                 same_text([rows[row].argmax()], [text[at - 20]], [rows[row]])
                 ended[row] = rows[row].argmax() != text[at - 20] or text[at - 20] == EOS
         window[:, at] = rows.argmax(-1)
+
+
+@pytest.mark.long
+def test_seqpe_in_a_decoder_trains_on_a_mesh_as_on_one_device(folder, tmp_path, capsys):
+    """One step from each folder, with SeqPE next to its own rotary positions, over fsdp and tensor."""
+    source = tmp_path / "decoder"
+    shutil.copytree(folder, source)
+    character_tokenizer(source / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
+    fields = {"init_from": str(source), "data.name": "text_files", "data.paths": (str(tmp_path / "text.txt"),)}
+    fields |= {"data.length": 16, "eval.lengths": (16,), "batch_size": 8, "steps": 1, "optimizer.epsilon": 1e-3}
+    fields |= {
+        "encoding.layers": 1,
+        "encoding.width": 12,
+        "encoding.heads": 1,
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
+    fields |= {"objective.contrastive.batch": 8, "objective.distillation.batch": 8, "objective.distillation.offsets": 8, "data.lossy_tokenizer": True}
+    found = {}
+    for name, mesh in (("one", {}), ("mesh", {"mesh.fsdp": 2, "mesh.tensor": 2})):
+        train_and_evaluate(config.load(f"{source}:seqpe+rotary", fields | mesh), str(tmp_path / name))
+        shown = capsys.readouterr()
+        assert "(+0.0000)" in shown.out + shown.err  # the model computes what it computed before
+        found[name] = RunDir(tmp_path / name).read_metrics()[-1], loading.load(tmp_path / name).params
+    one, mesh = found["one"], found["mesh"]
+    assert mesh[0]["train/loss"] == pytest.approx(one[0]["train/loss"], rel=1e-5)
+    before = loading.open_folder(source).params["model"]
+    moved = 0
+    for (name, new), (_, expected) in zip(
+        trees.flatten_dict(mesh[1]).items(), trees.flatten_dict(one[1]).items(), strict=True
+    ):
+        new, expected = np.asarray(new), np.asarray(expected)
+        np.testing.assert_allclose(new, expected, atol=1e-4 * np.abs(expected).max() + 1e-6, err_msg=name)
+        old = trees.flatten_dict({"model": before}).get(name)
+        moved += old is not None and not np.array_equal(old, new)
+    assert moved > 10
+
+
+def character_tokenizer(file: pathlib.Path) -> None:
+    """Writes a tokenizer whose tokens are the printable characters of ASCII."""
+    words = {word: n for n, word in enumerate(["[UNK]", *map(chr, range(32, 127))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(file))
 
 
 def exported_logits(model, length: int):

@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tokenizers
 
 import seqpe_jax
 from seqpe_jax import config
@@ -19,6 +18,7 @@ from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.warm_start import GATE_PARAMS, check_source, open_source
 from seqpe_jax.trees import flatten_dict
 from tests import goldens
+from tests.interop.test_hf_decoders import character_tokenizer
 from tests.tiny import ROOT, random_params, random_state, tiny_config
 from tests.training.test_trainer import written
 
@@ -142,13 +142,7 @@ def test_readme_swaps_the_positions_of_a_folder(tmp_path, monkeypatch, capsys):
     folder, decoder = tmp_path / "decoder", goldens.FOLDER / "hf" / "llama"
     if decoder.is_dir():
         shutil.copytree(decoder, folder)
-        characters = map(chr, range(32, 127))
-        made = tokenizers.models.WordLevel(
-            {word: n for n, word in enumerate(["[UNK]", *characters])}, unk_token="[UNK]"
-        )
-        tokenizer = tokenizers.Tokenizer(made)
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-        tokenizer.save(str(folder / "tokenizer.json"))
+        character_tokenizer(folder / "tokenizer.json")
     else:
         saved(folder, variant="rotary")
     fields = {"data.paths": (str(tmp_path / "text.txt"),), "data.length": 16, "steps": 1}
