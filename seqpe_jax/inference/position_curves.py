@@ -132,7 +132,7 @@ def log_gates(network: Any, params: Any, tokens_L: jax.Array, signal: PositionSi
         mutable=["intermediates"],
     )
     blocks = [state["intermediates"][f"blocks_{layer}"] for layer in range(config.layers)]
-    return jnp.stack([block["fading"]["__call__"][0][0] for block in blocks])
+    return jnp.stack([block["fading"]["__call__"][-1][0] for block in blocks])
 
 
 def mean_gate_products(log_gate_NLH: jax.Array, distances_D: jax.Array) -> jax.Array:

@@ -206,11 +206,6 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path):
     )
     train(tiny_config(**settings), tmp_path / "tuned")
     assert same(load_reference(run).params, load_reference(str(tmp_path / "tuned")).params)
-    with pytest.raises(InputError, match="encoding.kind: seqpe -> rotary"):
-        others = {name: value for name, value in settings.items() if not name.startswith("encoding")}
-        train(tiny_config(variant="rotary", **others), tmp_path / "x")
-    with pytest.raises(InputError, match="encoding.digits: 5 -> 4"):
-        train(tiny_config(**settings | {"encoding__digits": 4}), tmp_path / "x")
     with pytest.raises(InputError, match="model.layers: 2 -> 1"):
         train(tiny_config(**settings | {"model__layers": 1}), tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -142,7 +142,12 @@ def test_seqpe_in_a_decoder_trains_on_a_mesh_as_on_one_device(folder, tmp_path, 
         "encoding.heads": 1,
         "data.cache_dir": str(tmp_path / "cache"),
     }
-    fields |= {"objective.contrastive.batch": 8, "objective.distillation.batch": 8, "objective.distillation.offsets": 8, "data.lossy_tokenizer": True}
+    fields |= {
+        "objective.contrastive.batch": 8,
+        "objective.distillation.batch": 8,
+        "objective.distillation.offsets": 8,
+        "data.lossy_tokenizer": True,
+    }
     found = {}
     for name, mesh in (("one", {}), ("mesh", {"mesh.fsdp": 2, "mesh.tensor": 2})):
         train_and_evaluate(config.load(f"{source}:seqpe+rotary", fields | mesh), str(tmp_path / name))

@@ -108,7 +108,9 @@ def test_larger_images_read_the_same_weights(params):
 def test_attention_weights_are_those_of_the_last_layer(params):
     """They mix the last layer's values into what its output projection read."""
     signal = signal_of(GRID)
-    weights = jax.jit(lambda: model_of().apply(params, IMAGES, signal, method="attention"))()
+    weights = jax.jit(
+        lambda: model_of().apply(params, IMAGES, signal, lambda of_layer: of_layer, method="attention")
+    )()[-1]
     assert weights.shape == (4, HEADS, 7, 7) and weights.dtype == jnp.float32
     np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-6)
     assert (weights > 0).all()  # nothing is hidden from anybody

@@ -17,8 +17,12 @@ from tests.small_models import FOLDER, PHOTOS, QUESTIONS, TEXTS
 
 pytestmark = pytest.mark.slow
 PAGES = ("README.md", *DOCS)
-# Folders that no page makes: a run, converted to the authors' layout, replaces the checkpoint that they released.
+# Folders that no page makes: runs, converted to the layout of the authors or of Hugging Face, replace what others released.
 PREPARED = {
+    "downloads/SmolLM2-135M": [
+        ["train", "--config=configs/decoder_lm.py", "--workdir=runs/of_others"],
+        ["convert", "--source=runs/of_others", "--output=downloads/SmolLM2-135M", "--to=huggingface"],
+    ],
     "released/text": [
         [
             "train",
