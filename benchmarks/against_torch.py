@@ -76,7 +76,7 @@ def main() -> None:
         raise InputError(f"--python={_PYTHON.value} cannot be started: {error.strerror}") from error
     ready, _, version = other.stdout.readline().strip().partition(" ")
     if ready != "ready":
-        raise InputError(f"--python={_PYTHON.value} has no PyTorch, or no transformers, that runs: see above")
+        raise InputError(f"--python={_PYTHON.value} has no PyTorch that runs, or no transformers: see above")
     ours, theirs = [], []
     for _ in range(WARM_UP + _TURNS.value):
         time.sleep(PAUSE)
