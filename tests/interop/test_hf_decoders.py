@@ -148,6 +148,8 @@ def test_seqpe_in_a_decoder_trains_on_a_mesh_as_on_one_device(folder, tmp_path, 
         "objective.distillation.offsets": 8,
         "data.lossy_tokenizer": True,
     }
+    rates = ("encoding.dropout", "encoding.attention_dropout", "model.dropout", "model.attention_dropout")
+    fields |= dict.fromkeys((*rates, "model.embedding_dropout"), 0.0)  # masks on a mesh are others
     found = {}
     for name, mesh in (("one", {}), ("mesh", {"mesh.fsdp": 2, "mesh.tensor": 2})):
         train_and_evaluate(config.load(f"{source}:seqpe+rotary", fields | mesh), str(tmp_path / name))
