@@ -46,11 +46,6 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_SHARES = {
-    "train": (0.0, 1 - 2 * HELD_OUT),
-    "validation": (1 - 2 * HELD_OUT, 1 - HELD_OUT),
-    "test": (1 - HELD_OUT, 1.0),
-}
 
 
 class Text(TextBuilder):
