@@ -1,19 +1,23 @@
 """Flags of the commands: fields of the config, refusals in one line, help, and the settings of each process."""
 
+import gc
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 from absl import flags
 
-from seqpe_jax import config
+from seqpe_jax import config, start_signals
 from seqpe_jax.__main__ import COMMANDS
 from seqpe_jax.cli import config_flags
 from seqpe_jax.distributed import processes
 from seqpe_jax.errors import InputError
+from seqpe_jax.training import checkpoint
 from tests.tiny import ROOT
 
 
@@ -130,6 +134,44 @@ def test_a_signal_during_imports_ends_training_with_the_code_that_restarts_it(na
     script = IMPORT_AND_SIGNAL.replace("{name}", name)
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr.count("\n")) == (75, 1) and result.stderr.startswith(f"{name}: there is")
+
+
+@pytest.mark.parametrize("number, code, error", [(signal.SIGINT, None, KeyboardInterrupt), (15, 143, SystemExit)])
+def test_a_signal_is_not_lost_where_python_drops_exceptions(monkeypatch, number, code, error):
+    """During a callback of the garbage collector, and during the `__del__` of an object; other errors go to the hook."""
+    reported, sent = [], []
+    monkeypatch.setattr(sys, "unraisablehook", lambda one: reported.append(one.exc_value))
+    for _ in range(2):
+        start_signals.repeat_dropped_signals()
+    sys.unraisablehook = checkpoint._IgnoreClosedLoop(sys.unraisablehook)  # as a run's
+
+    class Deleted:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def callback(phase, _):
+        if phase == "stop" and not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+
+    def collect():
+        gc.callbacks.append(callback)
+        gc.collect(0)
+
+    before = signal.signal(number, signal.default_int_handler if code is None else lambda *_: sys.exit(code))
+    try:
+        for drop in (collect, Deleted):
+            with pytest.raises(error) as caught:
+                drop()
+                time.sleep(10)
+            assert code is None or caught.value.code == code
+        assert not reported
+        for other in (ValueError("other"), SystemExit(3), SystemExit("text"), SystemExit(True)):
+            sys.unraisablehook(types.SimpleNamespace(exc_value=other))
+            assert reported.pop() is other
+    finally:
+        signal.signal(number, before)
+        gc.callbacks.remove(callback)
 
 
 FAULTY = {

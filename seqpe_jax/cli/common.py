@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from seqpe_jax import config
+from seqpe_jax import config, start_signals
 from seqpe_jax.cli import config_flags
 from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError
@@ -142,6 +142,7 @@ def run(main: Callable[[], None]) -> None:
       main: function of the command's module, whose docstring and flags `--help` prints.
     """
     _replace_closed_streams()
+    start_signals.repeat_dropped_signals()
     module = sys.modules[main.__module__]
     _COMMAND[:] = [module.__name__]
     _answer_help(module, sys.argv[1:])
