@@ -1,13 +1,17 @@
 """Opens a trained language model: logits, position vectors, generated text.
 
+python examples/load_and_generate.py            # the model that launch/quickstart.sh trained
 python examples/load_and_generate.py runs/first
 """
 
+import pathlib
 import sys
 
 import jax.numpy as jnp
 
 import seqpe_jax
+
+QUICKSTART = pathlib.Path(__file__).parents[1] / "runs" / "quickstart" / "seqpe"
 
 
 def main(folder: str) -> str:
@@ -21,4 +25,4 @@ def main(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1]))
+    print(main(sys.argv[1] if len(sys.argv) > 1 else str(QUICKSTART)))

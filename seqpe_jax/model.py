@@ -183,29 +183,31 @@ class Model:
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int = 0,
         window: int | None = None,
     ) -> str | list[str]:
         """Returns the text that follows a prompt, or one text for each of several prompts.
 
         Args:
-          prompt: one or several.
+          prompt: one or several; "" begins at the tokenizer's start token.
           max_new_tokens: tokens generated for each prompt, at most.
           temperature: 0 = always the most likely token; larger = more varied text.
           top_p: nucleus sampling from the most likely tokens that together reach this probability.
+          top_k: sampling from so many of the most likely tokens; 0 = all.
           seed: seed of the random draws.
           window: tokens; a learned table, encoding.scaling and encoding.resize='interpolate' need it for texts longer than in
             training, since their positions depend on it. Other encodings do not use it.
 
         Raises:
-          InputError: a model of images, an empty prompt, values out of range, a text too long for the positions, or a window
+          InputError: a model of images, an empty prompt without a start token, values out of range, a text too long for the positions, or a window
             that is missing or not used.
         """
-        asked = Sampling(max_new_tokens, temperature, top_p, seed)
+        asked = Sampling(max_new_tokens, temperature, top_p, seed, top_k=top_k)
         generation.check_generation(self.config, [1], asked, window, max_grid=self.model_spec.max_grid)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens = self._text.prompts([encode_utf8(text) for text in prompts])
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, self.tokenizer.eos_id)
+        sampling = dataclasses.replace(asked, end=self.tokenizer.eos_id)
         line = ProgressLine(len(prompts) * max_new_tokens, label="token")
         found = self.continuations(
             tokens, sampling, window=window, progress=lambda done, total: line.update(done, total=total)

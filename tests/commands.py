@@ -25,6 +25,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = "tests/tiny_text.py"
+STDIN = "STDIN_OF_THE_TEST"  # environment variable with the file that is a command's standard input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +241,7 @@ def serve() -> None:
                 sys.argv, variables, folder, before = request
                 os.environ.update(variables)
                 sys.path += filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.dup2(os.open(variables.get(STDIN, os.devnull), os.O_RDONLY), 0)
                 for number, name in ((1, "out"), (2, "err")):
                     os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
                 if before:

@@ -286,6 +286,9 @@ def test_help_lists_the_fields_of_a_config(commands, option, some, others):
     result = commands("train", option)
     assert result.code == 0 and all(line in result.out for line in some)
     assert not any(line in result.out for line in others)
+    assert all(
+        line in commands("train", "--help").out for line in ("--config: config file", "encoding: kind, ", "--workdir")
+    )
     refused = commands("train", "--help=encodings")
     assert refused.code == 2 and "no section 'encodings'. Did you mean 'encoding'" in refused.err
 

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from tests.commands import CONFIG, train_arguments, with_defaults
+from tests.commands import CONFIG, STDIN, train_arguments, with_defaults
 from tests.training.test_commands import PLAIN, refused, word_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -46,11 +46,13 @@ def words(commands, tmp_path_factory) -> pathlib.Path:
 
 
 def test_a_prompt_is_gone_on_with(commands, trained, tmp_path):
-    output = tmp_path / "deep" / "texts.jsonl"
-    result = commands("generate", f"--checkpoint={trained}", "--prompt=abca", NEW, f"--output={output}")
+    output, prompt = tmp_path / "deep" / "texts.jsonl", tmp_path / "prompt.txt"
+    prompt.write_text("abca\n")
+    words = ["generate", f"--checkpoint={trained}", "--print-prompt", NEW, f"--output={output}"]
+    result = commands.wait(commands.start(*words, **{STDIN: str(prompt)}))
     assert result.code == 0 and not result.err, result.err
     expected = "bcabcabcabcabcabcabc"
-    assert result.out == f"{expected}\nwritten: {output}\n"
+    assert result.out == f"abca{expected}\nwritten: {output}\n"
     (line,) = map(json.loads, output.read_text().splitlines())
     assert (line["prompt"], line["text"], line["tokens"]) == ("abca", expected, list(expected.encode()))
     assert line["ended"] is False and -5 < line["log_prob"] < 0
@@ -71,7 +73,7 @@ def test_the_lines_of_a_file_are_batched(commands, trained, tmp_path):
 
 def test_a_seed_repeats_a_text_of_any_bytes(commands, trained):
     """At a high temperature the bytes are no UTF-8."""
-    hot = ["--prompt=ab", NEW, "--temperature=50", "--top-p=0.99"]
+    hot = ["--prompt=ab", NEW, "--temperature=50", "--top-p=0.99", "--top-k=240"]
     first, again, other = (
         commands("generate", f"--checkpoint={trained}", *hot, f"--seed={seed}") for seed in (1, 1, 2)
     )
@@ -80,17 +82,19 @@ def test_a_seed_repeats_a_text_of_any_bytes(commands, trained):
 
 
 def test_a_text_ends_at_the_tokenizers_end(commands, words):
-    result = commands("generate", f"--checkpoint={words}", "--prompt=w0 w1", NEW)
-    assert (result.code, result.out) == (0, " w2 w3 w4\n"), result.err
+    for prompt, expected in (("w0 w1", " w2 w3 w4\n"), ("", "w0 w1 w2 w3 w4\n")):  # which begins at its end, too
+        result = commands("generate", f"--checkpoint={words}", f"--prompt={prompt}", NEW)
+        assert (result.code, result.out) == (0, expected), result.err
 
 
 def test_bad_arguments_are_refused(commands, trained, tmp_path):
     for name, content in {"latin.txt": b"caf\xe9\n", "gap.txt": b"one\n\ntwo\n", "empty.txt": b""}.items():
         (tmp_path / name).write_bytes(content)
     for arguments, expected in (
-        ([], ["--prompt=TEXT", "--prompts-file=FILE"]),
+        ([], ["--prompt=TEXT", "--prompts-file=FILE", "standard input"]),  # which is empty here
         (["--prompt=a", "--prompts-file=b"], ["either"]),
-        (["--prompt="], ["the prompt is empty", "at least one token"]),
+        (["--print-prompt", "--prompts-file=b"], ["either", "--print-prompt"]),
+        (["--prompt=abc", "--top-k=5"], ["temperature 0", "top-k"]),
         (["--prompt=abc", "--max-new-tokens=998"], ["1001", "largest position possible is 999"]),
         (["--prompt=abc", "--max-new-tokens=0"], ["at least 1, got 0"]),
         (["--prompt=abc", "--max-new-tokens=few"], ["max-new-tokens", "few"]),

@@ -257,7 +257,7 @@ def test_the_data_spec_is_that_of_the_model_not_of_its_data(tmp_path):
         (lambda model: model.logits(np.zeros((1, 4), int), start=998), "position 1001 is outside 0 .. 999"),
         (lambda model: model.encode_positions([[0, 1]]), r"int32\[R, 1\]"),
         (lambda model: model.encode_positions([-1]), "position -1 is outside"),
-        (lambda model: model.generate(""), "the prompt is empty"),
+        (lambda model: model.generate("", top_k=5), "top-k and top-p limit random draws"),
         (lambda model: model.generate("a", 0), "at least 1"),
         (lambda model: model.generate("a", 1000), "position 1000"),
         (lambda model: model.evaluate(sizes=(8,)), "is a run on text"),

@@ -187,6 +187,8 @@ def _answer_help(module: types.ModuleType, arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print((module.__doc__ or "").strip())
         print(flags.FLAGS.module_help(module.__name__))
+        if "config" in flags.FLAGS:
+            print(config_flags.help_on_config())
         sys.exit(0)
     chosen = [argument for argument in arguments if re.fullmatch("--help(full|=.+)", argument)]
     if "config" not in flags.FLAGS or not chosen:

@@ -5,6 +5,7 @@ The file is executed once, by `read_config`: the flags only hold its path and th
 """
 
 import ast
+import textwrap
 import typing
 from typing import Any
 
@@ -38,7 +39,7 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         "config",
         None,
         "config file, FILE.py or FILE.py:VARIANT, or the folder of a run, an export or a checkpoint: FOLDER, "
-        "FOLDER:ENCODING or FOLDER:ENCODING+rotary (next to its RoPE); --config.SECTION.FIELD=VALUE sets a field (--help=SECTION, --helpfull: all fields)",
+        "FOLDER:ENCODING or FOLDER:ENCODING+rotary (next to its RoPE)",
         flag_values=flag_values,
     )
     for name, kind in config.field_types().items():
@@ -102,6 +103,32 @@ def unknown_flag(name: str) -> InputError | None:
             f"--{name} is not read here: the trained model's config is stored, and only {read} can be set"
         )
     return InputError(config.unknown_field_message(field))
+
+
+def help_on_config(flag_values: flags.FlagValues = flags.FLAGS) -> str:
+    """Returns the help on --config, and the names of all fields by section."""
+    sections: dict[str, list[str]] = {}
+    for name in config.field_names():
+        section, _, field = name.rpartition(".")
+        sections.setdefault(section, []).append(field)
+    lines = [
+        f"--config: {flag_values['config'].help}",
+        "--config.SECTION.FIELD=VALUE sets a field; --help=SECTION lists those of a section with types, defaults and meaning, "
+        "--helpfull all:",
+    ]
+    lines += [f"{section + ': ' if section else ''}{', '.join(fields)}" for section, fields in sections.items()]
+    wrapped = [
+        textwrap.fill(
+            line,
+            80,
+            initial_indent="  " if line.startswith("--") else "    ",
+            subsequent_indent=6 * " ",
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+        for line in lines
+    ]
+    return "\n".join(wrapped)
 
 
 def help_on_fields(section: str = "") -> str:

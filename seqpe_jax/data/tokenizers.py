@@ -31,6 +31,7 @@ EOS_FILES = {
     "config.json": "eos_token_id",
     "generation_config.json": "eos_token_id",
 }
+BOS_FILES = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)  # may name a bos_token
 # In this order: GPT-2 and its successors, Llama 3, T5 and Llama 2, Gemma.
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 SPECIAL_EOS_TOKENS = ("[EOS]", "<EOS>", "<|eos|>", "<|im_end|>")  # EOS only if the tokenizer marks them as special
@@ -52,6 +53,7 @@ class Tokenizer(Protocol):
       vocab_size: ids are 0 .. vocab_size - 1.
       ids: rising; those that have a token.
       eos_id: the id between documents, or None.
+      start_id: the id that an empty prompt begins with, or None.
       special_tokens: their spelling in a text is encoded as plain text.
       digest: hex digits, equal for tokenizers that give equal ids.
       fingerprint: hex digits, equal for tokenizers that give equal ids and have the same EOS token.
@@ -61,6 +63,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     ids: np.ndarray
     eos_id: int | None
+    start_id: int | None
     special_tokens: frozenset[str]
     digest: str
     fingerprint: str
@@ -95,6 +98,8 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterab
     before, after = (
         np.asarray(part if isinstance(part, np.ndarray) else list(part), np.int64) for part in (prompt, ids)
     )
+    if before.tolist() == [tokenizer.start_id]:  # no text comes before
+        return tokenizer.decode(after)
     prompt_text, text = tokenizer.decode(before), tokenizer.decode(np.concatenate([before, after]))
     return text[len(os.path.commonprefix([prompt_text, text])) :]
 
@@ -111,6 +116,7 @@ class ByteTokenizer:
     vocab_size = 256
     ids = np.arange(256)
     eos_id = None
+    start_id = ord("\n")  # files of text end with it
     special_tokens: frozenset[str] = frozenset()
     digest = fingerprint = "bytes-1"
 
@@ -176,13 +182,18 @@ class HFTokenizer:
         self._dtype = token_dtype(self.vocab_size)
 
     def _set_eos(self, file: AnyPath, siblings: Mapping[str, Mapping[str, Any]], vocabulary: Mapping[str, int]) -> None:
-        """Sets `eos_id`, `special_tokens`, `digest` and `fingerprint`."""
+        """Sets `eos_id`, `start_id`, `special_tokens`, `digest` and `fingerprint`."""
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
         usual = next((vocabulary[token] for token in EOS_TOKENS if token in vocabulary), None)
         candidates = [_configured_eos_id(file, siblings, vocabulary, special), usual]
         if not siblings.get("config.json", {}).keys() >= RUN_CONFIG_SECTIONS:
             candidates += [vocabulary[token] for token in SPECIAL_EOS_TOKENS if token in special]
         self.eos_id = next((token_id for token_id in candidates if token_id is not None), None)
+        bos_tokens = [_token_name(siblings.get(name, {}).get("bos_token")) for name in BOS_FILES]
+        # A run's folder names its EOS token alone, which is what came before each text in training.
+        self.start_id = next(
+            (vocabulary[token] for token in bos_tokens if isinstance(token, str) and token in vocabulary), self.eos_id
+        )
         self.special_tokens = frozenset(special) | {token for token in EOS_TOKENS if token in vocabulary}
         self.digest = self.fingerprint = "hf-" + hashlib.sha256(self._content).hexdigest()[:16]
         if self.eos_id != usual:  # documents are joined in another way than the file alone says
@@ -324,8 +335,7 @@ def _special_token_names(siblings: Mapping[str, Mapping[str, Any]]) -> set[str]:
         found += [value for key, value in settings.items() if key.endswith("_token")]
         more = settings.get("additional_special_tokens")
         found += more if isinstance(more, list) else []
-    contents = [token.get("content") if isinstance(token, dict) else token for token in found]
-    return {token for token in contents if isinstance(token, str)}
+    return {token for token in map(_token_name, found) if isinstance(token, str)}
 
 
 def _sibling_configs(file: AnyPath) -> dict[str, Mapping[str, Any]]:
@@ -352,6 +362,11 @@ def _sibling_configs(file: AnyPath) -> dict[str, Mapping[str, Any]]:
     return found
 
 
+def _token_name(value: Any) -> Any:
+    """Returns the token that a field such as "eos_token" names, by itself or as the content of an object."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
 def _configured_eos_id(
     file: AnyPath, siblings: Mapping[str, Mapping[str, Any]], vocabulary: Mapping[str, int], special: set[str]
 ) -> int | None:
@@ -371,7 +386,7 @@ def _configured_eos_id(
                 if isinstance(token_id, int) and token_id in eos_ids:
                     return token_id
             continue
-        token = value.get("content") if isinstance(value, dict) else value
+        token = _token_name(value)
         if token is None:
             continue
         if not isinstance(token, str) or token not in vocabulary:

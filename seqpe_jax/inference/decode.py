@@ -36,9 +36,11 @@ class Sampling:
         as likely as the last of them.
       seed: seed of the random draws, which depend on it and on the prompt's index alone.
       end: token that ends a text, or None.
+      top_k: draw from so many of the most likely tokens, and those as likely as the last of them; 0 = all. top_p is then of
+        these.
 
     Raises:
-      InputError: a value out of its range.
+      InputError: a value out of its range, or a limit of draws where the temperature is 0.
     """
 
     new_tokens: int
@@ -46,6 +48,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     end: int | None = None
+    top_k: int = 0
 
     def __post_init__(self):
         if self.new_tokens < 1:
@@ -54,12 +57,21 @@ class Sampling:
             raise InputError(f"temperature must be 0 (the likeliest token) or from 1e-6 to 1e6, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p must be above 0 and at most 1 (1 = draw from all tokens), got {self.top_p}")
+        if not 0 <= self.top_k < 2**31:
+            raise InputError(f"top-k must be at least 0 (0 = draw from all tokens), got {self.top_k}")
+        if self.temperature == 0 and (self.top_k or self.top_p != 1):
+            raise InputError(
+                "top-k and top-p limit random draws, and at temperature 0 the likeliest token is always taken: set a "
+                "temperature such as 0.8, or leave them out"
+            )
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed must be at least 0 and below {2**31}, got {self.seed}")
 
     def static(self, limit: int | None, keep_logits: bool) -> "SamplingStatic":
         """Returns the settings that need a compilation of their own."""
-        return SamplingStatic(self.new_tokens, self.temperature == 0, self.top_p == 1, keep_logits, limit)
+        return SamplingStatic(
+            self.new_tokens, self.temperature == 0, self.top_p == 1 and not self.top_k, keep_logits, limit
+        )
 
     def arguments(self, known_V: np.ndarray) -> "SamplingArgs":
         """Returns the settings that are arguments of the compiled functions; known_V: see `SamplingArgs`."""
@@ -67,6 +79,7 @@ class Sampling:
             jax.random.PRNGKey(self.seed),
             np.float32(max(self.temperature, np.finfo(np.float32).tiny)),
             np.float32(self.top_p),
+            np.int32(self.top_k or np.iinfo(np.int32).max),
             np.int32(-1 if self.end is None else self.end),
             known_V,
         )
@@ -79,6 +92,7 @@ class SamplingArgs(NamedTuple):
       key: PRNG key.
       temperature: float32[].
       top_p: float32[].
+      top_k: int32[], at least 1.
       end: int32[], token that ends a text; -1 = none.
       known_V: bool, ids that the tokenizer has; a model may have more rows.
     """
@@ -86,6 +100,7 @@ class SamplingArgs(NamedTuple):
     key: jax.Array
     temperature: jax.Array
     top_p: jax.Array
+    top_k: jax.Array
     end: jax.Array
     known_V: jax.Array
 
@@ -96,7 +111,7 @@ class SamplingStatic(NamedTuple):
     Attributes:
       new_tokens: maximum for each prompt.
       greedy: take the most likely token.
-      all_tokens: top_p is 1.
+      all_tokens: top_p is 1, and there is no top_k.
       keep_logits: return the logits of each new token.
       limit: tokens of prompt and text together, at which the window ends; None = no limit.
     """
@@ -119,7 +134,7 @@ class Generation:
 
     Attributes:
       tokens: int32[n], the end token included.
-      log_probs: float32[n], log probability of each token under the model, without temperature or top_p, nats.
+      log_probs: float32[n], log probability of each token under the model, without temperature, top_k or top_p, nats.
       ended: the last token is the end token.
       logits: float32[n, V], logits that each token was chosen from, if asked for.
     """
@@ -306,8 +321,8 @@ def _append_token(
         keys_B = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(sampling.key, index), step))(
             state.index_B
         )
-        top_p = None if static.all_tokens else sampling.top_p
-        token_B = sample_tokens(keys_B, allowed_BV, sampling.temperature, top_p)
+        limits = None if static.all_tokens else (sampling.top_k, sampling.top_p)
+        token_B = sample_tokens(keys_B, allowed_BV, sampling.temperature, limits)
     log_prob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
     logits_BNV = None if state.logits_BNV is None else state.logits_BNV.at[:, step].set(logits_BV)
     done_B = state.done_B | (token_B == sampling.end)
@@ -325,7 +340,7 @@ def _append_token(
 
 
 def sample_tokens(
-    keys_B: jax.Array, logits_BV: jax.Array, temperature: jax.Array, top_p: jax.Array | None
+    keys_B: jax.Array, logits_BV: jax.Array, temperature: jax.Array, limits: tuple[jax.Array, jax.Array] | None
 ) -> jax.Array:
     """Returns one random token per sample, int32[B].
 
@@ -333,16 +348,19 @@ def sample_tokens(
       keys_B: PRNG keys.
       logits_BV: float32; -inf = never.
       temperature: float32[], see `Sampling`.
-      top_p: float32[], see `Sampling`; None = all tokens.
+      limits: (top_k, int32[] of at least 1; top_p, float32[]), see `Sampling`; None = all tokens.
     """
     # The largest logit stays 0 at any temperature.
     logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
-    if top_p is not None:
+    if limits is not None:
+        top_k, top_p = limits
         sorted_BV = -jnp.sort(-logits_BV)
+        among_top_V = jnp.arange(sorted_BV.shape[-1]) < top_k
+        sorted_BV = jnp.where(among_top_V, sorted_BV, -jnp.inf)
         probabilities_BV = jax.nn.softmax(sorted_BV)
         before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
         # The most likely token stays, even where rounding would leave none.
-        threshold_B1 = jnp.where(before_BV < top_p, sorted_BV, 0.0).min(axis=-1, keepdims=True)
+        threshold_B1 = jnp.where((before_BV < top_p) & among_top_V, sorted_BV, 0.0).min(axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 

@@ -126,7 +126,11 @@ class LanguageModeling(Task):
         return [f"the tokenizer loses text: {loss} do not survive encoding and decoding"] if loss.lost_bytes else []
 
     def prompts(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Returns the tokens of prompts, and warns of text that the tokenizer loses. Raises: InputError: no UTF-8."""
+        """Returns the tokens of prompts, and warns of text that the tokenizer loses; an empty one is the start token.
+
+        Raises:
+          InputError: no UTF-8, or an empty prompt where the tokenizer has no start token.
+        """
         encoded, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
         for text in texts:
             trip.add(text)
@@ -137,7 +141,13 @@ class LanguageModeling(Task):
             spelled := sorted({name.decode() for text in texts for name in pattern.findall(text)})
         ):
             warn(f"prompts: special tokens that they spell are read as plain text: {', '.join(spelled)}")
-        return encoded
+        start = self.tokenizer.start_id
+        if start is None and not all(texts):
+            raise InputError(
+                f"the prompt is empty, and tokenizer '{self.tokenizer.name}' has no token that texts begin with (bos_token "
+                "or eos_token in tokenizer_config.json): give at least one character"
+            )
+        return [tokens if text else np.array([start], np.int32) for text, tokens in zip(texts, encoded, strict=True)]
 
     def decode_continuation(self, prompt: np.ndarray, ids: np.ndarray) -> str:
         """Returns the text that generated ids add to the text of a prompt."""
@@ -310,19 +320,21 @@ class ContextEvaluator:
         )
 
 
-def prompt_lines(content: bytes, name: str) -> list[str]:
-    """Returns the lines of a file of prompts.
+def prompt_text(content: bytes, name: str) -> str:
+    """Returns the text of a file of prompts, without a line break at its end.
 
     Args:
       content: content of the file.
       name: the option and the file, for messages.
 
     Raises:
-      InputError: the file is no plain text.
-      UnicodeDecodeError: it is not UTF-8.
+      InputError: the file is no plain UTF-8 text.
     """
     check_plain_text(content[:HEAD_BYTES], name)
-    return strip_bom(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    try:
+        return strip_bom(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} cannot be read ({error}): give a UTF-8 text file") from None
 
 
 def with_run_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:

@@ -239,16 +239,19 @@ def test_samples_have_the_distribution_asked_for():
     keys = jax.random.split(KEY, count)
     logits = jnp.broadcast_to(jnp.log(probabilities) + 3.0, (count, 4))
     sample = jax.jit(decode.sample_tokens)
-    for temperature, top_p, expected in (
+    for temperature, limits, expected in (
         (1.0, None, [0.5, 0.25, 0.15, 0.1]),
         (0.5, None, [0.25, 0.0625, 0.0225, 0.01]),
-        (1.0, 1.0, [0.5, 0.25, 0.15, 0.1]),
-        (1.0, 0.76, [0.5, 0.25, 0.15, 0]),
-        (1.0, 0.74, [0.5, 0.25, 0, 0]),
-        (1.0, 0.2, [1, 0, 0, 0]),
-        (2.0, 0.6, [0.5**0.5, 0.5, 0, 0]),  # the probabilities that top_p adds up are those at this temperature
+        (1.0, (9, 1.0), [0.5, 0.25, 0.15, 0.1]),
+        (1.0, (9, 0.76), [0.5, 0.25, 0.15, 0]),
+        (1.0, (9, 0.74), [0.5, 0.25, 0, 0]),
+        (1.0, (9, 0.2), [1, 0, 0, 0]),
+        (2.0, (9, 0.6), [0.5**0.5, 0.5, 0, 0]),  # the probabilities that top_p adds up are those at this temperature
+        (1.0, (3, 1.0), [0.5, 0.25, 0.15, 0]),
+        (2.0, (1, 1.0), [1, 0, 0, 0]),
+        (1.0, (3, 0.8), [0.5, 0.25, 0, 0]),  # those that top_p adds up are of the top_k: 5/9 and 3/9 hold 0.8
     ):
-        found = np.bincount(sample(keys, logits, temperature, top_p), minlength=4)[order] / count
+        found = np.bincount(sample(keys, logits, temperature, limits), minlength=4)[order] / count
         expected = np.array(expected) / np.sum(expected)
         np.testing.assert_allclose(found, expected, atol=4 * 0.5 / count**0.5)
         assert (found[expected == 0] == 0).all()
@@ -368,6 +371,9 @@ def test_bad_settings_and_prompts_are_refused(seqpe):
         ({"temperature": float("nan")}, "temperature must be 0"),
         ({"top_p": 0.0}, "top-p must be above 0"),
         ({"top_p": 1.5}, "at most 1"),
+        ({"top_k": -1}, "top-k must be at least 0"),
+        ({"top_k": 5}, "top-k and top-p limit random draws"),
+        ({"top_p": 0.9}, "set a temperature"),
         ({"seed": -1}, "seed must be at least 0"),
     ):
         with pytest.raises(InputError, match=words):
