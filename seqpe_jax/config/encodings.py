@@ -125,6 +125,7 @@ class EncodingConfig:
       REAL_POSITIONS: positions may be fractional.
       PER_LAYER: its signal can differ by layer.
       HAS_VECTORS: it has position embeddings, which the contrastive and distillation losses train.
+      SHIFT_INVARIANT: logits depend on differences of positions alone, so that moving all positions changes nothing.
       STARTS_AT_ZERO: it can begin without an effect (`start_at_zero`).
       REQUIRES: {field: (other_field, required_value)}: `field` is ignored unless `other_field == required_value`; a tuple means
         any of its values, None any non-default value. Map a field to None to drop an inherited requirement.
@@ -138,6 +139,7 @@ class EncodingConfig:
     REAL_POSITIONS: ClassVar[bool] = True
     PER_LAYER: ClassVar[bool] = False
     HAS_VECTORS: ClassVar[bool] = False
+    SHIFT_INVARIANT: ClassVar[bool] = False
     STARTS_AT_ZERO: ClassVar[bool] = False
     REQUIRES: ClassVar[dict[str, tuple[str, Any] | None]] = {}
 
@@ -180,6 +182,13 @@ class EncodingConfig:
     def real_positions(self) -> bool:
         """True where positions may be fractional."""
         return self.REAL_POSITIONS
+
+    @property
+    def reset_fields(self) -> tuple[str, ...]:
+        """Fields of the position signal that change where positions begin anew within a window; the others do not show it."""
+        if self.SHIFT_INVARIANT:
+            return ("multiplicative",)  # of queries that see more keys than in training
+        return "input_embedding", "rotation", "multiplicative", "additive", "position_query_key", "relative_bias"
 
     @property
     def knows_positions(self) -> bool:
@@ -861,6 +870,7 @@ class RotaryConfig(_Positions, _Heads, _Layers, _RoPEScaling, _RoPEBase, _Partia
         "RoPE; `rotary_pairs` limits it to the highest frequencies, `rotary_share` to a part of a head, `scaling` fits it to "
         "longer windows."
     )
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = (
         "arXiv 2104.09864, 2410.06205 (p-RoPE), 2306.15595 (linear), 2309.00071 (ntk, dynamic, yarn), 2407.21783 (llama3), "
         "2402.13753 (longrope)"
@@ -904,6 +914,7 @@ class RotaryAxialConfig(_Positions, _Heads, _Layers, _RoPEBase, _PartialRoPE, _W
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryAxial"
     SUMMARY: ClassVar[str] = "RoPE whose pairs are divided among the axes."
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = "arXiv 2403.13298"
 
     kind: str = _kind("rotary_axial")
@@ -915,6 +926,7 @@ class RotaryMixedConfig(_Positions, _Heads, _Layers, _RoPEBase, _WithForgetGate)
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryMixed"
     SUMMARY: ClassVar[str] = "RoPE whose pairs learn frequencies over all axes, for each layer and head."
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = "arXiv 2403.13298"
     PER_LAYER: ClassVar[bool] = True
 
@@ -927,6 +939,7 @@ class RotaryIDConfig(_Positions, _Heads, _Layers, _PartialRoPE, _WithForgetGate)
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryID"
     SUMMARY: ClassVar[str] = "RoPE-ID: half of the pairs rotate, each at least twice within the training length."
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = "arXiv 2603.18017"
     AXES: ClassVar[Axes] = "1"
     CAUSAL_ONLY: ClassVar[bool] = True
@@ -980,6 +993,7 @@ class ALiBiConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGat
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:ALiBi"
     SUMMARY: ClassVar[str] = "Logits fall linearly with distance, each head with its slope."
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = "arXiv 2108.12409"
     AXES: ClassVar[Axes] = "1"
     CAUSAL_ONLY: ClassVar[bool] = True
@@ -1010,6 +1024,7 @@ class T5Config(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGate):
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:T5"
     SUMMARY: ClassVar[str] = "A learned bias for each bucket of distances, one table for all layers."
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = "arXiv 1910.10683"
     AXES: ClassVar[Axes] = "1"
     CAUSAL_ONLY: ClassVar[bool] = True
@@ -1053,6 +1068,7 @@ class KerpleConfig(_Positions, _Heads, _Layers, _WithOptionalRoPE, _WithForgetGa
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:Kerple"
     SUMMARY: ClassVar[str] = "Logits fall with the logarithm of the distance, learned by layer and head."
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = "arXiv 2205.09921"
     AXES: ClassVar[Axes] = "1"
     CAUSAL_ONLY: ClassVar[bool] = True
@@ -1165,6 +1181,7 @@ class ScaleInvariantConfig(_Positions, _Heads, _Layers, _RoPEBase, _PartialRoPE,
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:ScaleInvariant"
     SUMMARY: ClassVar[str] = "Logits are scaled by distance so that each scale of distances gets as much attention."
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = "arXiv 2505.17083"
     AXES: ClassVar[Axes] = "1"
     CAUSAL_ONLY: ClassVar[bool] = True
@@ -1192,6 +1209,7 @@ class PoPEConfig(_Positions, _Heads, _Layers, _WithForgetGate):
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.pope:PoPE"
     SUMMARY: ClassVar[str] = "Queries and keys in polar coordinates: magnitude from content, phase from position."
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = "arXiv 2509.10534"
     AXES: ClassVar[Axes] = "1"
     PER_LAYER: ClassVar[bool] = True
@@ -1206,6 +1224,7 @@ class NoPositionConfig(_Positions, _WithOptionalRoPE, _WithForgetGate):
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.absolute:NoPosition"
     SUMMARY: ClassVar[str] = "Nothing: a causal model infers order from what each token can see."
+    SHIFT_INVARIANT: ClassVar[bool] = True
     SOURCE: ClassVar[str] = "arXiv 2305.19466"
     REAL_POSITIONS: ClassVar[bool] = False
     REQUIRES: ClassVar[dict[str, Any]] = {

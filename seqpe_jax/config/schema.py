@@ -54,7 +54,24 @@ class DataConfig:
         of=(DATA_TEXT, DATA_IMAGE),
     )
     length: int = _field(512, "tokens of a training window, or of prompt and answer", **limits.LENGTH, of=TEXT_LIKE)
-    tokenizer: str = _field("bytes", "'bytes', or path of a Hugging Face tokenizer.json", path=True, of=TEXT_LIKE)
+    tokenizer: str = _field(
+        "bytes",
+        "'bytes', 'bytes_eos' (byte 255 ends a text), or path of a Hugging Face tokenizer.json",
+        path=True,
+        of=TEXT_LIKE,
+    )
+    packing: Literal["concatenated", "documents"] = _field(
+        "concatenated",
+        "windows of text that hold several documents: read as one, or attention stays in a document, whose first token is not "
+        "predicted",
+        of=(DATA_TEXT,),
+    )
+    reset_positions: bool = _field(True, "documents: positions begin anew in each", of=(DATA_TEXT,))
+    split_on: str = _field(
+        "",
+        "text: string of plain text after which a document ends, such as '<|endoftext|>'; it is left out",
+        of=(DATA_TEXT,),
+    )
     text_key: str = _field(
         "text", "text: field of a record that holds its text; a.b = field b of field a", of=(DATA_TEXT,)
     )

@@ -626,6 +626,7 @@ CONDITIONS = (
     Condition(
         ("data.lossy_tokenizer",), lambda config: config.data.tokenizer != "bytes", "data.tokenizer other than 'bytes'"
     ),
+    Condition(("data.reset_positions",), lambda config: config.data.packing == "documents", "data.packing='documents'"),
     Condition(
         ("model.activation",),
         lambda config: not config.model.parts.gated,

@@ -76,20 +76,30 @@ class ScoredWindows:
       length: length of a window.
       ends: int[W], token index of the last target of each window, at least `length`.
       counts: int[W], number of scored targets of each window, 1 to `length`.
+      document_end: token after which a target is not scored, since it begins another document; None = there is none.
     """
 
-    def __init__(self, tokens: TokenArray, length: int, ends: np.ndarray, counts: np.ndarray):
+    def __init__(
+        self,
+        tokens: TokenArray,
+        length: int,
+        ends: np.ndarray,
+        counts: np.ndarray,
+        document_end: int | None = None,
+    ):
         self._tokens, self._length, self._ends, self._counts = tokens, length, ends, counts
+        self._document_end = document_end
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> Example:
         end, length = int(self._ends[index]), self._length
-        return {
-            "tokens": np.asarray(self._tokens[end - length : end + 1]).astype(np.int32),
-            "scored": np.arange(length) >= length - self._counts[index],
-        }
+        tokens = np.asarray(self._tokens[end - length : end + 1]).astype(np.int32)
+        scored = np.arange(length) >= length - self._counts[index]
+        if self._document_end is not None:
+            scored &= tokens[:-1] != self._document_end
+        return {"tokens": tokens, "scored": scored}
 
 
 class TrainLoader:
@@ -252,7 +262,9 @@ class _PaddedExamples:
         return self._zeros
 
 
-def eval_windows(tokens: TokenArray, length: int, batch_size: int, max_tokens: int = 0) -> EvalBatches:
+def eval_windows(
+    tokens: TokenArray, length: int, batch_size: int, max_tokens: int = 0, document_end: int | None = None
+) -> EvalBatches:
     """Returns windows that score every token of a split but the first once, at any length.
 
     Windows are consecutive. The last one ends at the last token: it overlaps the previous one, for context, and scores
@@ -263,6 +275,7 @@ def eval_windows(tokens: TokenArray, length: int, batch_size: int, max_tokens: i
       length: length of a window.
       batch_size: windows of a batch.
       max_tokens: score only the first `max_tokens` tokens; 0 = all of them.
+      document_end: as in `ScoredWindows`.
 
     Returns:
       Batches of {"tokens": int32[batch_size, length + 1], "scored": bool[batch_size, length], "weights"}; padding rows
@@ -279,7 +292,7 @@ def eval_windows(tokens: TokenArray, length: int, batch_size: int, max_tokens: i
         )
     targets = min(len(tokens) - 1, max_tokens or len(tokens) - 1)
     ends = np.minimum(length * np.arange(1, -(-targets // length) + 1), targets)
-    source = ScoredWindows(tokens, length, ends, np.diff(ends, prepend=0))
+    source = ScoredWindows(tokens, length, ends, np.diff(ends, prepend=0), document_end)
     return EvalBatches(source, batch_size, len(source))
 
 
@@ -301,7 +314,14 @@ def target_ends(count: int, *, largest: int, stride: int, targets: int) -> np.nd
     return (count - 1 - stride * chosen)[::-1]
 
 
-def context_windows(tokens: TokenArray, context: int, batch_size: int, ends: np.ndarray, stride: int) -> EvalBatches:
+def context_windows(
+    tokens: TokenArray,
+    context: int,
+    batch_size: int,
+    ends: np.ndarray,
+    stride: int,
+    document_end: int | None = None,
+) -> EvalBatches:
     """Returns windows of `context` tokens that score their last `stride` targets.
 
     Each of these targets has context - stride + 1 to `context` tokens before it.
@@ -312,9 +332,10 @@ def context_windows(tokens: TokenArray, context: int, batch_size: int, ends: np.
       batch_size: windows of a batch.
       ends: int[N], token index of the last target of each window (`target_ends`).
       stride: number of scored targets of each window.
+      document_end: as in `ScoredWindows`.
 
     Returns:
       Batches as of `eval_windows`.
     """
-    source = ScoredWindows(tokens, context, ends, np.full(len(ends), stride))
+    source = ScoredWindows(tokens, context, ends, np.full(len(ends), stride), document_end)
     return EvalBatches(source, batch_size, len(source))

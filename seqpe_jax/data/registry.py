@@ -160,7 +160,7 @@ register(
         f"{_FOLDER}.text:Text",
         paths="some",
         paths_hint="give files, globs or folders of text, JSON lines, Parquet or Arrow, or tfds:NAME",
-        options=("text_key",),
+        options=("text_key", "split_on"),
     )
 )
 register(

@@ -40,6 +40,8 @@ RUN_CONFIG_SECTIONS = {
     "encoding",
     "objective",
 }  # tell the config.json of a run from that of a Hugging Face model
+BYTES_WITH_END = "bytes_eos"
+BYTE_TOKENIZERS = ("bytes", BYTES_WITH_END)  # values of `data.tokenizer` that name no file
 MAX_TOKEN_IDS = 1 << 24  # a model has an embedding row for each
 ROUND_TRIP_BYTES = 1 << 20  # of a split that are encoded and decoded for comparison
 ROUND_TRIP_PART_BYTES = 4096  # of a longer text that are compared in one piece
@@ -110,15 +112,21 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ByteTokenizer:
-    """The 256 values of a byte as ids, without an EOS token; encodes any bytes, UTF-8 or not."""
+    """The 256 values of a byte as ids; encodes any bytes, UTF-8 or not.
+
+    Args:
+      with_end: byte 255, which no UTF-8 text has, is the EOS token; else there is none.
+    """
 
     name = "bytes"
     vocab_size = 256
     ids = np.arange(256)
-    eos_id = None
     start_id = ord("\n")  # files of text end with it
     special_tokens: frozenset[str] = frozenset()
-    digest = fingerprint = "bytes-1"
+
+    def __init__(self, with_end: bool = False):
+        self.eos_id = 255 if with_end else None
+        self.digest = self.fingerprint = "bytes-1-end-255" if with_end else "bytes-1"
 
     def encode(self, text: bytes) -> np.ndarray:
         """Returns uint8[len(text)]."""
@@ -138,7 +146,7 @@ class ByteTokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes DIRECTORY/tokenizer.json."""
-        _write(directory, json.dumps({"seqpe_jax": self.name}).encode())
+        _write(directory, json.dumps({"seqpe_jax": self.name if self.eos_id is None else BYTES_WITH_END}).encode())
 
 
 class HFTokenizer:
@@ -478,13 +486,13 @@ def check_round_trip(loss: RoundTripLoss, tokenizer: Tokenizer, accepted: bool) 
 
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer that `data.tokenizer` names: "bytes", a tokenizer.json, or a folder with one.
+    """Returns the tokenizer that `data.tokenizer` names: "bytes", "bytes_eos", a tokenizer.json, or a folder with one.
 
     Raises:
       InputError: neither, or the file is not a tokenizer.
     """
-    if os.fspath(name_or_path) == ByteTokenizer.name:
-        return ByteTokenizer()
+    if os.fspath(name_or_path) in BYTE_TOKENIZERS:
+        return ByteTokenizer(os.fspath(name_or_path) == BYTES_WITH_END)
     file = as_path(name_or_path).expanduser()
     file = file / TOKENIZER_FILE if file.is_dir() else file
     try:
@@ -493,8 +501,8 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
         raise
     except ValueError as error:
         raise _not_a_tokenizer(file, error) from None
-    if isinstance(content, dict) and content.get("seqpe_jax") == ByteTokenizer.name:
-        return ByteTokenizer()
+    if isinstance(content, dict) and content.get("seqpe_jax") in BYTE_TOKENIZERS:
+        return ByteTokenizer(content["seqpe_jax"] == BYTES_WITH_END)
     return HFTokenizer(file)
 
 

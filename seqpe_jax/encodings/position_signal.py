@@ -1,14 +1,14 @@
 """PositionSignal: the effect of positions on tokens, queries, keys and logits, as every encoding returns it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.axes import BATCH, HEADS, LENGTH, copy_per_shard, shards
+from seqpe_jax.axes import BATCH, HEADS, LENGTH, copy_per_shard, shards, with_logical_constraint
 
 Pair = tuple[jax.Array, jax.Array]
 ParamBounds = dict[str, tuple[float, float]]  # name of a parameter -> (smallest value, largest value)
@@ -90,6 +90,7 @@ class PositionSignal:
       bias: float32[H or 1, L, S], added to the final attention logits.
       relative_bias: the same as a function of positions.
       bias_params: parameters of that function, a tree of arrays.
+      documents: int32[B, L], number of each token's document in its sample, rising; a token attends to its own document.
       per_layer_fields: names of the fields that differ by layer; they have a leading layer axis.
       field_layers: (name of a field, flags by layer) of the fields that only some layers have.
       per_shard: the P sets of `position_query_key` are equal copies of one, for P shards of the batch
@@ -108,6 +109,7 @@ class PositionSignal:
     bias: jax.Array | None = None
     relative_bias: RelativeBias | None = None
     bias_params: Any = None
+    documents: jax.Array | None = None
     per_layer_fields: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     field_layers: tuple[tuple[str, tuple[bool, ...]], ...] = flax.struct.field(pytree_node=False, default=())
     per_shard: bool = flax.struct.field(pytree_node=False, default=False)
@@ -193,6 +195,35 @@ class PositionSignal:
         here = jax.tree.map(lambda field: field[0][index_PL], self.replace(**of_pairs))
         bias = self.relative_bias and self.relative_bias.replace(query=self.relative_bias.query[0][index_PL])
         return here.replace(relative_bias=bias, bias_params=self.bias_params, polar_key_phase=self.polar_key_phase)
+
+    def in_documents(self, documents_BL: jax.Array, index_BL: jax.Array, fields: Collection[str]) -> "PositionSignal":
+        """Returns the signal of samples that hold several documents; its fields then have a position set for each sample.
+
+        Args:
+          documents_BL: int32, the field `documents`.
+          index_BL: int32, index of each token in its document: it gets what the token at that index of the window has.
+          fields: names of the fields of which this is so; the others stay as they are.
+
+        Raises:
+          ValueError: a field is a bias of pairs of tokens.
+        """
+        if self.bias is not None and "bias" in fields:
+            raise ValueError(
+                "a bias of pairs of tokens is the same in all samples: it cannot begin anew in each document"
+            )
+
+        def at_index(field: jax.Array) -> jax.Array:
+            set_B1 = (jnp.arange(len(index_BL)) % len(field))[:, None]
+            return with_logical_constraint(field[set_B1, index_BL], BATCH, LENGTH, *(None,) * (field.ndim - 2))
+
+        changed: dict[str, Any] = {"documents": documents_BL}
+        for name in set(fields) & {*IDENTITY_VALUES, "input_embedding", "polar_phase"}:
+            by_layer = name in self.per_layer_fields
+            changed[name] = jax.tree.map(jax.vmap(at_index) if by_layer else at_index, getattr(self, name))
+        if self.relative_bias is not None and "relative_bias" in fields:
+            query, key = at_index(self.relative_bias.query), at_index(self.relative_bias.key)
+            changed["relative_bias"] = self.relative_bias.replace(query=query, key=key)
+        return self.replace(**changed)
 
     def joined(self, other: "PositionSignal") -> "PositionSignal":
         """Returns the signal with the fields of both. Raises: ValueError: both fill the same one."""

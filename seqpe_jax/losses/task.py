@@ -57,14 +57,59 @@ class NetworkCall:
 
 
 @dataclasses.dataclass(frozen=True)
+class Documents:
+    """The documents in windows of tokens (`data.packing`).
+
+    Attributes:
+      end: id of the token that ends a document.
+      reset_fields: fields of the position signal that begin anew in each document; () = positions go on.
+    """
+
+    end: int
+    reset_fields: tuple[str, ...] = ()
+
+    def signal(self, signal: PositionSignal, tokens_BL: jax.Array) -> PositionSignal:
+        """Returns the signal of windows of tokens, whose attention stays in a document."""
+        token_L = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)
+        begins_BL = jnp.pad(tokens_BL[:, :-1] == self.end, ((0, 0), (1, 0)))
+        documents_BL = jnp.cumsum(begins_BL, axis=1, dtype=jnp.int32)
+        index_BL = token_L - jax.lax.cummax(jnp.where(begins_BL, token_L, 0), axis=1)
+        return signal.in_documents(documents_BL, index_BL, self.reset_fields)
+
+    def counts(self, tokens_BL: jax.Array) -> jax.Array:
+        """Returns whether the prediction after each token counts, bool[B, L]: it is of the same document."""
+        return tokens_BL != self.end
+
+
+@dataclasses.dataclass(frozen=True)
 class NextTokenLoss:
-    """Language modeling. A batch is {"tokens": int32[B, L + 1]}, optionally with "weights": float32[B, L]."""
+    """Language modeling. A batch is {"tokens": int32[B, L + 1]}, optionally with "weights": float32[B, L].
+
+    Attributes:
+      documents: attention stays in a document, and a document's first token is not predicted; None = windows are read as one.
+    """
+
+    documents: Documents | None = None
 
     def weight(self, batch: Batch) -> jax.Array:
         """Returns the weight of a batch in a mean over batches, float32[]: its weighted number of target tokens."""
-        if "weights" in batch:
-            return batch["weights"].sum()
+        weights_BL = self._weights(batch)
+        if weights_BL is not None:
+            return weights_BL.sum()
         return jnp.float32(batch["tokens"].shape[0] * (batch["tokens"].shape[1] - 1))
+
+    def _weights(self, batch: Batch) -> jax.Array | None:
+        """Weights of the targets, float32[B, L]; None = all weigh 1."""
+        weights_BL = batch.get("weights")
+        if self.documents is None:
+            return weights_BL
+        counts_BL = self.documents.counts(batch["tokens"][:, :-1]).astype(jnp.float32)
+        return counts_BL if weights_BL is None else counts_BL * weights_BL
+
+    def _in_documents(self, network: NetworkCall, tokens_BL: jax.Array) -> NetworkCall:
+        if self.documents is None:
+            return network
+        return dataclasses.replace(network, signal=self.documents.signal(network.signal, tokens_BL))
 
     def model_inputs(self, batch: Batch, key: jax.Array) -> Batch:
         """Returns the batch as the network reads it: as it is."""
@@ -82,7 +127,7 @@ class NextTokenLoss:
           key: unused.
         """
         inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        hidden_BLD, weights_BL = network.hidden(inputs_BL), batch.get("weights")
+        hidden_BLD, weights_BL = self._in_documents(network, inputs_BL).hidden(inputs_BL), self._weights(batch)
         if blockwise.fit_one_block(*targets_BL.shape, len(network.logit_embedding())):
             return cross_entropy(network.logits(hidden_BLD), targets_BL, weights_BL)[0], {}
         if weights_BL is None:
@@ -95,8 +140,9 @@ class NextTokenLoss:
         self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
     ) -> dict[str, jax.Array]:
         """Returns {"loss": float32[B, L]}, the loss of each token in nats, without dropout."""
-        call, targets_BL = NetworkCall(network, variables, signal), batch["tokens"][:, 1:]
-        hidden_BLD = call.hidden(batch["tokens"][:, :-1])
+        inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        call = self._in_documents(NetworkCall(network, variables, signal), inputs_BL)
+        hidden_BLD = call.hidden(inputs_BL)
         if blockwise.fit_one_block(*targets_BL.shape, len(call.logit_embedding())):
             return {"loss": cross_entropy(call.logits(hidden_BLD), targets_BL)[1]}
         arguments = (hidden_BLD, call.logit_embedding(), targets_BL, call.logit_scaling)

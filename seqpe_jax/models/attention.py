@@ -115,6 +115,7 @@ def attend(
         bias=None if signal.bias is None else signal.bias[None],
         relative_bias=signal.relative_bias,
         bias_params=signal.bias_params,
+        documents=None if signal.documents is None else (signal.documents, signal.documents),
         causal_offset=causal_offset_P,
         dropout_seed=dropout_seed,
         dropout_rate=dropout_rate,
@@ -491,6 +492,7 @@ def _logical_axes(inputs: AttentionInputs, keys: str | None, per_shard: bool) ->
         relative_bias=relative_bias
         and relative_bias.replace(query=PartitionSpec(None, LENGTH, None), key=PartitionSpec(None, keys, None)),
         bias_params=jax.tree.map(lambda leaf: PartitionSpec(*(None,) * leaf.ndim), inputs.bias_params),
+        documents=inputs.documents and (PartitionSpec(BATCH, LENGTH), PartitionSpec(BATCH, keys)),
         heads=PartitionSpec(HEADS),
         causal_offset=None if inputs.causal_offset is None else PartitionSpec(None),
         dropout_seed=None if inputs.dropout_seed is None else PartitionSpec(),

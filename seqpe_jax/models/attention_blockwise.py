@@ -3,7 +3,7 @@
 Forward: the online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867) keeps, for each query, the running maximum m of the
 logits, the normalizer l and the unnormalized output acc, one block of keys after another. Backward: logits are computed
 again from the saved log-sum-exp L = m + log l (FlashAttention-2, Dao 2023, arXiv 2307.08691). Memory grows linearly with
-the length, and blocks of which the causal mask and the window hide all keys are skipped.
+the length, and blocks of which the causal mask, the window or the documents of all samples hide all keys are skipped.
 
 Where H query heads share G key heads, the H / G queries of a token that read one key head are rows of one product with it.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from seqpe_jax.encodings.position_signal import broadcast_to_batch
+from seqpe_jax.encodings.position_signal import Pair, broadcast_to_batch
 from seqpe_jax.models.attention_inputs import (
     ATTENTION_RESULT,
     MASK_VALUE,
@@ -26,6 +26,7 @@ from seqpe_jax.models.attention_inputs import (
     cap_slope,
     dropout_mask,
     is_masked,
+    mask_other_documents,
     sum_over_sets,
 )
 
@@ -94,6 +95,7 @@ def _padded_inputs(inputs: AttentionInputs, block: int, concat_position: bool) -
         bias=None if bias is None else _pad(_pad(bias, 2, block), 3, block),
         relative_bias=relative_bias
         and relative_bias.replace(query=_pad(relative_bias.query, 1, block), key=_pad(relative_bias.key, 1, block)),
+        documents=inputs.documents and tuple(_pad(field, 1, block, "edge") for field in inputs.documents),
     )
 
 
@@ -109,11 +111,11 @@ def _concat_position(inputs: AttentionInputs) -> AttentionInputs:
     return inputs.replace(query=query, key=key, position_query_key=None)
 
 
-def _pad(array: jax.Array, axis: int, block: int) -> jax.Array:
-    """Returns an array whose axis is padded with zeros to a multiple of `block`."""
+def _pad(array: jax.Array, axis: int, block: int, mode: str = "constant") -> jax.Array:
+    """Returns an array whose axis is padded to a multiple of `block`, with zeros or in another mode of `jnp.pad`."""
     length = array.shape[axis]
     missing = (length + block - 1) // block * block - length  # a symbolic length is thus known to hold a whole block
-    return jnp.pad(array, [(0, missing) if at == axis else (0, 0) for at in range(array.ndim)])
+    return jnp.pad(array, [(0, missing) if at == axis else (0, 0) for at in range(array.ndim)], mode)
 
 
 def _heads_first(array_BLHK: jax.Array, block: int) -> jax.Array:
@@ -220,10 +222,18 @@ class _Tile:
             if inputs.window:
                 masked |= self.column >= self.keys
         elif inputs.key.shape[2] == self.keys:
-            return logits
+            return mask_other_documents(logits, self._documents)
         else:
             masked = (self.column >= self.keys)[None, None, None]
-        return add_position_sets(logits, jnp.where(masked, MASK_VALUE, 0.0))
+        return mask_other_documents(add_position_sets(logits, jnp.where(masked, MASK_VALUE, 0.0)), self._documents)
+
+    @property
+    def _documents(self) -> Pair | None:
+        """Documents of the queries and keys of the tile."""
+        if self.inputs.documents is None:
+            return None
+        of_queries, of_keys = self.inputs.documents
+        return _block(of_queries, self.i, self.block, 1), _block(of_keys, self.j, self.block, 1)
 
     def dropout_mask(self) -> jax.Array:
         """Returns the multiplier of the weights, float32[B, H, block, block]."""
@@ -253,17 +263,30 @@ def _sum_like(gradient: jax.Array, field: jax.Array) -> jax.Array:
 def _key_blocks(inputs: AttentionInputs, i: jax.Array, block: int) -> tuple[Any, jax.Array]:
     """Returns the range of key blocks that query block i attends to: the first, and the one after the last.
 
-    It holds one block at least, but for a window outside of the keys, which are then a part of all.
+    It holds one block at least, but for a window or documents outside of the keys, which are then a part of all.
     """
     count = jnp.asarray(inputs.key.shape[2] // block, jnp.int32)
+    document_first = 0 if inputs.documents is None else _first_block_of_documents(inputs.documents, i, block)
     if inputs.causal_offset is None:
-        return 0, count
+        return document_first, count
     stop = (inputs.causal_offset.max() + (i + 1) * block - 1) // block + 1
     stop = jnp.clip(stop, 0 if inputs.window else 1, count).astype(jnp.int32)
     if not inputs.window:
-        return 0, stop
+        return document_first, stop
     first_key = inputs.causal_offset.min() + i * block - inputs.window + 1
-    return jnp.clip(first_key // block, 0, stop).astype(jnp.int32), stop
+    return jnp.maximum(jnp.clip(first_key // block, 0, stop).astype(jnp.int32), document_first), stop
+
+
+def _first_block_of_documents(documents: Pair, i: jax.Array, block: int) -> jax.Array:
+    """Returns the first key block with a key that is not of an earlier document than all queries of block i, int32[].
+
+    It is the first that any sample needs, since a tile holds all samples; the number of blocks where none does.
+    """
+    of_queries, of_keys = documents
+    query_B = _block(of_queries, i, block, 1).min(axis=1)
+    key_BN = of_keys.reshape(len(of_keys), -1, block).max(axis=2)
+    reached_N = (key_BN >= query_B[:, None]).any(axis=0)
+    return jnp.where(reached_N.any(), jnp.argmax(reached_N), len(reached_N)).astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -297,7 +320,7 @@ def _forward(inputs: AttentionInputs, block: int, keys: int) -> tuple[jax.Array,
         rows = (batch, heads, block)
         start = jnp.full(rows, MASK_VALUE), jnp.zeros(rows), jnp.zeros((*rows, inputs.value.shape[-1]))
         m, normalizer, acc = jax.lax.fori_loop(*_key_blocks(inputs, i, block), key_block, start)
-        if inputs.window:
+        if inputs.window or inputs.documents is not None:
             normalizer = jnp.where(normalizer > 0, normalizer, 1.0)
         return acc / normalizer[..., None], m + jnp.log(normalizer)
 
@@ -338,7 +361,7 @@ def _backward(block: int, keys: int, saved: Any, d_out: jax.Array) -> tuple[Atte
         else None
     )
     without = dict.fromkeys(
-        ("bias", "relative_bias", "bias_params", "heads", "causal_offset", "dropout_seed", "global_offset")
+        ("bias", "relative_bias", "bias_params", "documents", "heads", "causal_offset", "dropout_seed", "global_offset")
     )
     return (inputs.replace(**without | gradients, position_query_key=position_query_key),)
 

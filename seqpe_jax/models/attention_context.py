@@ -183,23 +183,25 @@ def attend_on_device(inputs: AttentionInputs, plan: Plan) -> jax.Array:
 
 def _map_queries(inputs: AttentionInputs, function: ChunkFn) -> AttentionInputs:
     """Returns inputs with a function applied to all arrays that have queries."""
-    position, relative_bias = inputs.position_query_key, inputs.relative_bias
+    position, relative_bias, documents = inputs.position_query_key, inputs.relative_bias, inputs.documents
     return inputs.replace(
         query=function(inputs.query, 1),
         position_query_key=position and (function(position[0], 1), position[1]),
         bias=None if inputs.bias is None else function(inputs.bias, 2),
         relative_bias=relative_bias and relative_bias.replace(query=function(relative_bias.query, 1)),
+        documents=documents and (function(documents[0], 1), documents[1]),
     )
 
 
 def _map_keys(inputs: AttentionInputs, function: ChunkFn) -> AttentionInputs:
     """Returns inputs with a function applied to all arrays that have keys, but for `bias`, whose columns are never split."""
-    position, relative_bias = inputs.position_query_key, inputs.relative_bias
+    position, relative_bias, documents = inputs.position_query_key, inputs.relative_bias, inputs.documents
     return inputs.replace(
         key=function(inputs.key, 1),
         value=function(inputs.value, 1),
         position_query_key=position and (position[0], function(position[1], 1)),
         relative_bias=relative_bias and relative_bias.replace(key=function(relative_bias.key, 1)),
+        documents=documents and (documents[0], function(documents[1], 1)),
     )
 
 
@@ -352,19 +354,21 @@ def _pad_bias(inputs: AttentionInputs, split: Split) -> AttentionInputs:
 
 def _moving(inputs: AttentionInputs) -> tuple[Any, Any]:
     """Returns the arrays that are passed around: (those with gradients, those without)."""
-    position, relative_bias = inputs.position_query_key, inputs.relative_bias
-    return (inputs.key, inputs.value, position and position[1]), relative_bias and relative_bias.key
+    position, relative_bias, documents = inputs.position_query_key, inputs.relative_bias, inputs.documents
+    without = relative_bias and relative_bias.key, documents and documents[1]
+    return (inputs.key, inputs.value, position and position[1]), without
 
 
 def _with_keys(inputs: AttentionInputs, moving: tuple[Any, Any]) -> AttentionInputs:
     """Returns inputs with other keys."""
-    (key, value, position_key), relative_key = moving
-    position, relative_bias = inputs.position_query_key, inputs.relative_bias
+    (key, value, position_key), (relative_key, key_documents) = moving
+    position, relative_bias, documents = inputs.position_query_key, inputs.relative_bias, inputs.documents
     return inputs.replace(
         key=key,
         value=value,
         position_query_key=position and (position[0], position_key),
         relative_bias=relative_bias and relative_bias.replace(key=relative_key),
+        documents=documents and (documents[0], key_documents),
     )
 
 
@@ -437,7 +441,7 @@ def _ring_backward(plan: Plan, saved: Any, d_out: jax.Array) -> tuple[AttentionI
     def add(gradients: Any, moving: Any, pair: _Pair) -> Any:
         start = pair.query_slot * length
         rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length)
-        keys, relative_key = moving
+        keys, without_gradients = moving
 
         def resume(local: Any, keys: Any) -> jax.Array:
             query, position_query, bias, bias_params = local
@@ -447,7 +451,7 @@ def _ring_backward(plan: Plan, saved: Any, d_out: jax.Array) -> tuple[AttentionI
                 bias=bias,
                 bias_params=bias_params,
             )
-            part = _pair_inputs(_with_keys(own, (keys, relative_key)), pair, split)
+            part = _pair_inputs(_with_keys(own, (keys, without_gradients)), pair, split)
             return plan.backend.resume(part, rows(out, axis=1), rows(lse, axis=2))
 
         parts = jax.vjp(resume, local, keys)[1](rows(d_out, axis=1))
@@ -474,7 +478,7 @@ def _ring_backward(plan: Plan, saved: Any, d_out: jax.Array) -> tuple[AttentionI
     )
     query, position_query, bias, bias_params = d_local
     key, value, position_key = d_keys
-    without = dict.fromkeys(("relative_bias", "heads", "causal_offset", "dropout_seed", "global_offset"))
+    without = dict.fromkeys(("relative_bias", "documents", "heads", "causal_offset", "dropout_seed", "global_offset"))
     gradient = inputs.replace(
         **without,
         query=query,

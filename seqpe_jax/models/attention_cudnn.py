@@ -23,6 +23,8 @@ def unsupported_reason(inputs: AttentionInputs, capability: float, split: bool) 
       split: queries are split over devices.
     """
     query, key = inputs.query, inputs.key
+    if inputs.documents is not None:
+        return "cuDNN's attention is used without documents (data.packing='documents')"
     if query.dtype != jnp.bfloat16:
         return f"cuDNN's attention needs precision.compute='bfloat16', not '{query.dtype}'"
     if inputs.dropout_seed is not None:

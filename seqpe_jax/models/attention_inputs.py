@@ -27,6 +27,8 @@ class AttentionInputs:
       bias: float32[P, H or 1, L, S], added to the logits.
       relative_bias: function of query and key positions that is applied to q . k; None = none.
       bias_params: parameters of `relative_bias`, a pytree.
+      documents: documents of the queries int32[B, L] and of the keys int32[B, S], rising along a sample; a query attends to keys
+        of its document. None = all are of one.
       heads: int32[H], global indices of the heads; `relative_bias` reads them.
       causal_offset: int32[P]; query l attends to keys up to causal_offset + l. None = all keys.
       dropout_seed: int32[], seed of the dropout on attention weights; None = no dropout.
@@ -45,6 +47,7 @@ class AttentionInputs:
     bias: jax.Array | None = None
     relative_bias: RelativeBias | None = None
     bias_params: Any = None
+    documents: Pair | None = None
     heads: jax.Array | None = None
     causal_offset: jax.Array | None = None
     dropout_seed: jax.Array | None = None
@@ -165,6 +168,18 @@ def is_masked(row: jax.Array, column: jax.Array, window: int) -> jax.Array:
     return masked | (column <= row - window) if window else masked
 
 
+def mask_other_documents(logits_BHLS: jax.Array, documents: Pair | None) -> jax.Array:
+    """Returns logits in which those of keys of another document than the query's are masked.
+
+    Args:
+      documents: see `AttentionInputs`, of these queries and keys.
+    """
+    if documents is None:
+        return logits_BHLS
+    query_BL, key_BS = documents
+    return jnp.where((query_BL[:, :, None] == key_BS[:, None, :])[:, None], logits_BHLS, MASK_VALUE)
+
+
 def hash_bits(number: jax.Array) -> jax.Array:
     """Returns pseudo-random int32 bits, different for different int32 numbers.
 
@@ -240,6 +255,7 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
         row_PL = inputs.causal_offset[:, None] + jnp.arange(length)
         masked_PHLS = is_masked(row_PL[:, None, :, None], jnp.arange(keys), inputs.window)
         logits_BHLS = add_position_sets(logits_BHLS, jnp.where(masked_PHLS, MASK_VALUE, 0.0))
+    logits_BHLS = mask_other_documents(logits_BHLS, inputs.documents)
     weights_BHLS = jax.nn.softmax(logits_BHLS)
     if inputs.dropout_seed is not None:
         sample, head, row, column = (

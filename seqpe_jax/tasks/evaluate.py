@@ -234,7 +234,14 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
     values, fields = config.to_dict(settings), request.eval_fields
     values["eval"] |= fields
     if request.data is not None:
-        own = {"prompt_weight": 0.0, "question_weight": 0.0, "bit_depth": 0, "prepared": "", "text_key": "text"}
+        own = {
+            "prompt_weight": 0.0,
+            "question_weight": 0.0,
+            "bit_depth": 0,
+            "prepared": "",
+            "text_key": "text",
+            "split_on": "",
+        }
         own["raw"] = values["data"]["raw"] and request.data == values["data"]["name"]
         values["data"] |= {"name": request.data, "paths": request.paths} | own
     values["data"]["lossy_tokenizer"] |= request.lossy

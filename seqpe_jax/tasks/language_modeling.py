@@ -15,11 +15,19 @@ from seqpe_jax.data import loader, registry, tokens
 from seqpe_jax.data.formats import HEAD_BYTES, check_plain_text, strip_bom
 from seqpe_jax.data.paths import warn
 from seqpe_jax.data.token_encoder import special_pattern
-from seqpe_jax.data.tokenizers import TOKENIZER_FILE, RoundTrip, RoundTripLoss, decode_continuation, load_tokenizer
+from seqpe_jax.data.tokenizers import (
+    BYTES_WITH_END,
+    TOKENIZER_FILE,
+    ByteTokenizer,
+    RoundTrip,
+    RoundTripLoss,
+    decode_continuation,
+    load_tokenizer,
+)
 from seqpe_jax.distributed.processes import is_main_process, is_multiprocess
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
-from seqpe_jax.losses.task import NextTokenLoss
+from seqpe_jax.losses.task import Documents, NextTokenLoss
 from seqpe_jax.metric_registry import training_metrics
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.run_dir import RunDir
@@ -50,13 +58,15 @@ class LanguageModeling(Task):
 
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
         self.config = config
-        self.task_loss = NextTokenLoss()
+        self.task_loss: NextTokenLoss = NextTokenLoss()
         self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
         self.count_per_step = config.batch_size * config.data.length
         stored = RunDir(run_dir).data_spec if run_dir else None
         vocabulary = config.model.vocabulary or (stored.vocabulary if stored else 0)
         self.data_spec = DataSpec(vocabulary=vocabulary)
         if vocabulary and not data_available:
+            if config.data.packing == "documents":  # to be compiled alone: any id makes the same program
+                self.task_loss = NextTokenLoss(self._documents(vocabulary - 1))
             return
         if not config.data.tokenizer:
             raise InputError(
@@ -88,6 +98,26 @@ class LanguageModeling(Task):
             # The run's own copy: the token that ends a text stays what it was when the run began.
             if stored_tokenizer.exists() and str(run_dir) != config.init_from:
                 self.tokenizer = load_tokenizer(stored_tokenizer)
+        if config.data.packing == "documents":
+            self.task_loss = NextTokenLoss(self._documents(self.tokenizer.eos_id))
+
+    def _documents(self, end: int | None) -> Documents:
+        """Returns the reading of windows in documents; end: token that ends one. Raises: InputError: there is none."""
+        config = self.config
+        if end is None:
+            fix = "give one that has"
+            if self.tokenizer.name == ByteTokenizer.name:
+                fix = f"set data.tokenizer='{BYTES_WITH_END}', with byte 255 as the end, which no text has"
+            raise InputError(
+                f"data.packing='documents': data.tokenizer={config.data.tokenizer} has no EOS token to tell where a document "
+                f"ends: {fix}"
+            )
+        return Documents(end, config.encoding.reset_fields if config.data.reset_positions else ())
+
+    @property
+    def document_end(self) -> int | None:
+        """Token after which nothing is scored: the next one is of another document; None = all tokens are."""
+        return self.task_loss.documents and self.task_loss.documents.end
 
     @functools.cache  # noqa: B019  a process has few tasks
     def source(self, split: str) -> tokens.TokenSource:
@@ -114,9 +144,16 @@ class LanguageModeling(Task):
         ]
         end = self.tokenizer.eos_id
         if end is not None:
-            lines.append(f"texts end with {self._describe_token(end)}")
+            is_byte = self.tokenizer.name == ByteTokenizer.name
+            lines.append(f"texts end with {f'byte {end}' if is_byte else self._describe_token(end)}")
         else:
             lines.append("no EOS token: documents are concatenated, and generation continues to its limit")
+        if self.task_loss.documents is not None:
+            positions = "begin anew in each" if config.data.reset_positions else "go on"
+            lines.append(
+                f"{source.documents:,} document{'' if source.documents == 1 else 's'}: attention stays inside, positions "
+                f"{positions}, and no first token is predicted"
+            )
         return "\n  ".join(lines + self._describe_lost_text(source.round_trip_loss))
 
     def _describe_token(self, token: int) -> str:
@@ -232,7 +269,8 @@ class LanguageModeling(Task):
     def evaluate(self, ctx: EvalContext, eval_size: tuple[int], split: str) -> dict[str, Any]:
         """Returns the perplexity in windows of one length."""
         (length,), tokens = eval_size, self.source(split).tokens
-        batches = loader.eval_windows(tokens, length, ctx.batch_size, max_tokens=self.config.eval.tokens)
+        limit, end = self.config.eval.tokens, self.document_end
+        batches = loader.eval_windows(tokens, length, ctx.batch_size, max_tokens=limit, document_end=end)
         return perplexity(
             length=length,
             batches=batches,
@@ -310,7 +348,8 @@ class ContextEvaluator:
         (context,), settings, tokens = eval_size, self.config.eval, self.task.source(split).tokens
         stride = self.config.context_stride
         ends = loader.target_ends(len(tokens), largest=max(settings.contexts), stride=stride, targets=settings.targets)
-        batches = loader.context_windows(tokens, context, ctx.batch_size, ends, stride)
+        end = self.task.document_end
+        batches = loader.context_windows(tokens, context, ctx.batch_size, ends, stride, end)
         return perplexity_in_context(
             context=context,
             stride=stride,

@@ -81,6 +81,7 @@ def perplexity(
     sums_L, counts_L = _sums_by_token_index(token_losses, batches, length, put, progress)
     tokens = int(counts_L.sum())
     groups = np.array_split(np.arange(length), min(CURVE_POINTS, length))
+    groups = [group for group in groups if counts_L[group].any()]  # after the end of a document nothing is scored
     return {
         "length": length,
         "tokens": tokens,

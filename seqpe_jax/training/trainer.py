@@ -273,7 +273,7 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
         (config.batch_size, tokens, heads, network.head_width) for heads in (network.heads, network.kv_heads)
     )
     query, key_or_value = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(kv_shape, dtype)
-    number = jax.ShapeDtypeStruct((1,), jnp.int32)
+    number, positions = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct(shape[:2], jnp.int32)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
 
     def signal_of_layer(key: jax.Array) -> Any:
@@ -292,6 +292,7 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
         position_query_key,
         signal.bias,
         signal.relative_bias,
+        documents=(positions, positions) if config.data.packing == "documents" else None,
         causal_offset=None if config.is_image else number,
         dropout_seed=number if model.attention_dropout else None,
         window=network.window,

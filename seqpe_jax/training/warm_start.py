@@ -17,6 +17,7 @@ import numpy as np
 
 from seqpe_jax import config as configs
 from seqpe_jax.config import Config, ModelConfig, RotaryConfig, SeqPEConfig
+from seqpe_jax.data.tokenizers import BYTE_TOKENIZERS
 from seqpe_jax.distributed import sharding
 from seqpe_jax.encodings.absolute import resize_table
 from seqpe_jax.errors import InputError
@@ -259,7 +260,7 @@ def check_source(config: Config, task: Task, checkpoint: str) -> None:
             f"--init-from={checkpoint}: its parameters belong to another model; it differs in {'; '.join(lines)}. Set "
             f"these fields to the values of the checkpoint, or take its config: --config={checkpoint}"
         )
-    if theirs.data.tokenizer == "bytes" != ours.data.tokenizer:
+    if theirs.data.tokenizer in BYTE_TOKENIZERS and ours.data.tokenizer not in BYTE_TOKENIZERS:
         raise InputError(
             f"--init-from={checkpoint} reads bytes, but data.tokenizer={ours.data.tokenizer}: set it to 'bytes'"
         )

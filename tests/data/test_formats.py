@@ -192,6 +192,7 @@ def test_special_tokens_that_a_text_spells_are_said(tmp_path, capsys):
     err = capsys.readouterr().err.splitlines()
     assert err == [
         "text_files/train: the text of 1 document spells special tokens, which are read as plain text: <|endoftext|> 360 "
-        "times; where they end documents, write each document into a file of its own, without them"
+        "times; where they end documents of plain text, set data.name='text' and data.split_on='<|endoftext|>', which "
+        "leaves them out"
     ]
     assert token_source("text_files", split="test", **options).special_token_counts == {"<|endoftext|>": 20, "[EOS]": 1}

@@ -177,6 +177,19 @@ def test_a_few_records_without_text_are_counted_and_more_are_refused(tmp_path, c
         documents(file, text_key="texts")
 
 
+def test_plain_text_is_split_at_a_string(tmp_path, monkeypatch):
+    """Whatever the parts are in which it is read; what is left of white space is no document."""
+    texts, end = [f"\nstory {number} \u00fc\n" for number in range(200)], "<|endoftext|>"
+    (tmp_path / "a.txt").write_text(end.join(texts) + end + "\n")
+    for limit in (split_document.__defaults__[0], 7):
+        monkeypatch.setattr(split_document, "__defaults__", (limit,))
+        splits = documents(tmp_path / "a.txt", split_on=end)
+        assert all_texts(splits) == sorted(texts) and len(splits["train"]) == pytest.approx(180, abs=8)
+    monkeypatch.setattr("seqpe_jax.data.datasets.text_records.MAX_PART_BYTES", 99)
+    with pytest.raises(InputError, match="data.split_on='@': .* more than 99 bytes without it"):
+        documents(tmp_path / "a.txt", split_on="@")
+
+
 def test_what_is_not_meant_is_refused(tmp_path):
     def refused(name, content, message, **options):
         file = tmp_path / name
@@ -193,6 +206,7 @@ def test_what_is_not_meant_is_refused(tmp_path):
     refused("cut.parquet", parquet()[:-20], "damaged or cut short")
     refused("a.parquet", parquet(), "no column 'body', but text, meta", text_key="body")
     refused("a.txt", b"plain", "text_key='body' is for records", text_key="body")
+    refused("a.parquet", parquet(), "data.split_on='x' is for plain text, but .* has records", split_on="x")
     refused("a.zip", b"PK\x03\x04", "a zip archive")
     refused("latin.txt", b"caf\xe9 " * 30, "not UTF-8 text: byte 0xe9 at offset 3")
     (tmp_path / "a.jsonl").write_bytes(json_lines())

@@ -58,7 +58,8 @@ class Text(TextBuilder):
     Args:
       paths: files, globs, folders, folders of `datasets.save_to_disk`, tfds:NAME[/CONFIG][:VERSION], or tfds:FILE.py with a TFDS
         builder.
-      options: {"text_key": name of the field that holds the text of a record}.
+      options: {"text_key": name of the field that holds the text of a record, "split_on": string after which a document of
+        plain text ends}; such documents are split like records.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -79,12 +80,14 @@ class Text(TextBuilder):
         return str(_resolve(paths).skipped) if _local(paths) else ""
 
     def documents(self) -> Mapping[str, Documents]:
-        key = self.options.get("text_key", DEFAULT_KEY)
+        key, split_on = self.options.get("text_key", DEFAULT_KEY), self.options.get("split_on", "")
         parts = [part for path in self.paths if _is_tfds(path) for part in _tfds_parts(path, self._progress)]
         files = find_files(self.paths)
         for name, file in tqdm.tqdm(files.items(), "check files", unit=" files", delay=2.0, disable=not self._progress):
             parts.append(_Part(detect(file, name), name, _split_of(name)))
         _check_one_kind(parts, key)
+        if split_on:
+            parts = _split_parts(parts, split_on)
         shares, how = _shares(parts)
         if self._progress:
             counts = collections.Counter(split for split in SPLITS for share in shares[split] if share)
@@ -209,6 +212,17 @@ def _check_one_kind(parts: list[_Part], key: str) -> None:
         )
     if plain and key != DEFAULT_KEY:
         raise InputError(f"data.text_key='{key}' is for records, but data.paths has plain text: leave it out")
+
+
+def _split_parts(parts: list[_Part], split_on: str) -> list[_Part]:
+    """Returns files of plain text that are split. Raises: InputError: they hold records, which are documents already."""
+    if any(part.source.has_records for part in parts):
+        raise InputError(
+            f"data.split_on={split_on!r} is for plain text, but data.paths has records, each of which is a document: leave it "
+            "out"
+        )
+    split = split_on.encode()
+    return [dataclasses.replace(part, source=dataclasses.replace(part.source, split_on=split)) for part in parts]
 
 
 # --- Files and folders

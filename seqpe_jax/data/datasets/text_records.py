@@ -40,6 +40,7 @@ MIN_FILES_TO_SPLIT_BY_FILE = 20
 WHOLE = (0.0, 1.0)
 SHARES = {"train": (0.0, 1 - 2 * HELD_OUT), "validation": (1 - 2 * HELD_OUT, 1 - HELD_OUT), "test": (1 - HELD_OUT, 1.0)}
 MAX_BAD_SHARE = 0.01  # of records without text
+MAX_PART_BYTES = 1 << 28  # of plain text between two ends of documents, which is held in memory
 EARLY_RECORDS = 1000  # after which a source of which most have no text is refused
 
 _OPENERS: dict[bytes, Callable[[str], BinaryIO]] = {
@@ -95,16 +96,18 @@ class TextFile:
       path: path of the file.
       name: its name in messages and of its documents.
       kind: format of its content, after decompression.
+      split_on: string after which a document of plain text ends; b"" = the text is one document.
     """
 
     path: pathlib.Path
     name: str
     kind: Kind
+    split_on: bytes = b""
 
     @property
     def has_records(self) -> bool:
-        """True where each record is a document, False for plain text, which is one."""
-        return self.kind in RECORD_KINDS
+        """True where each record or part of the text is a document, False for plain text, which is one."""
+        return self.kind in RECORD_KINDS or bool(self.split_on)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -161,6 +164,9 @@ class TextFile:
         Raises:
           InputError: a line is not JSON, no record has the field, or the file is damaged.
         """
+        if self.kind == "text":
+            yield from self._parts(select, bad)
+            return
         read = {"json": self._json_records, "array_record": self._array_records}.get(self.kind, self._table_records)
         with _naming(self.path):
             for number, record in read(key, select):
@@ -171,6 +177,32 @@ class TextFile:
                     bad.add(where, reason)
                 else:
                     yield number, text
+
+    def _parts(self, select: Callable[[int], bool], bad: BadRecords) -> Iterator[tuple[int, bytes]]:
+        """Yields (number from 0, UTF-8 text) of selected parts between `split_on`; those of white space alone are none."""
+        number, held = 0, b""
+
+        def is_chosen(part: bytes) -> bool:
+            nonlocal number
+            if not part.strip():
+                return False
+            number += 1
+            chosen = select(number - 1)
+            bad.seen += chosen
+            return chosen
+
+        for block in self.text():
+            *whole, held = (held + block).split(self.split_on)
+            for part in whole:
+                if is_chosen(part):
+                    yield number - 1, part
+            if len(held) > MAX_PART_BYTES:
+                raise InputError(
+                    f"data.split_on={self.split_on.decode()!r}: '{self.path}' has more than {MAX_PART_BYTES:,} bytes without it: "
+                    "give the string that ends its documents, or leave data.split_on out"
+                )
+        if is_chosen(held):
+            yield number - 1, held
 
     def _json_records(self, key: str, select: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
         del key
