@@ -24,9 +24,10 @@ from seqpe_jax.inference.export import read_params
 from seqpe_jax.interop import torch_model, torch_reference
 from seqpe_jax.model import Model
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params
-from seqpe_jax.run_dir import RunDir
+from seqpe_jax.run_dir import PARAMS_ONLY, RunDir
 from seqpe_jax.tasks.image_classification import known_data_spec
 from seqpe_jax.tasks.language_modeling import with_run_tokenizer
+from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.checkpoint import Checkpointer, check_together
 
 EXPECTED = (
@@ -40,6 +41,7 @@ def load(
     which: str = "latest",
     mesh: Mapping[str, Any] | None = None,
     ignore_fields: Collection[str] = (),
+    weights: str = "",
 ) -> Model:
     """Returns the model of a folder or file, with its parameters; opens no data set.
 
@@ -52,12 +54,13 @@ def load(
       which: checkpoint of a run, "latest" or "best" (`open_model`).
       mesh: fields of the config's mesh section (`open_model`).
       ignore_fields: fields of a Hugging Face folder's config.json that are passed over although they are unknown here.
+      weights: of a run, "trained" or "averaged" (`open_model`).
 
     Raises:
-      InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version, or a mesh
-        that does not fit the devices or the model.
+      InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version, weights that
+        the run does not have, or a mesh that does not fit the devices or the model.
     """
-    model = open_folder(path, which, mesh, ignore_fields)
+    model = open_folder(path, which, mesh, ignore_fields, weights)
     _ = model.params
     return model
 
@@ -67,6 +70,7 @@ def open_folder(
     which: str = "latest",
     mesh: Mapping[str, Any] | None = None,
     ignore_fields: Collection[str] = (),
+    weights: str = "",
 ) -> Model:
     """Returns the model of any folder or file that `load` takes; parameters, but of images, are read at their first use.
 
@@ -75,15 +79,16 @@ def open_folder(
       which: as `load`.
       mesh: as `load`.
       ignore_fields: as `load`.
+      weights: as `load`.
 
     Raises:
       InputError: as `load`.
     """
     run = _existing(path, ignore_fields)
     if run.is_model():
-        return open_model(run, which, mesh)
-    if which != "latest":
-        raise InputError(f"{run} is no run, and holds one model: leave --which out")
+        return open_model(run, which, mesh, weights)
+    if which != "latest" or weights:
+        raise InputError(f"{run} is no run, and holds one model: leave --{'weights' if weights else 'which'} out")
     return dataclasses.replace(_on_mesh(_foreign_model(str(run), ignore_fields), mesh), source=str(run))
 
 
@@ -133,7 +138,10 @@ def is_run_or_export(path: str | os.PathLike) -> bool:
 
 
 def open_model(
-    checkpoint: RunDir | str | os.PathLike, which: str = "latest", mesh: Mapping[str, Any] | None = None
+    checkpoint: RunDir | str | os.PathLike,
+    which: str = "latest",
+    mesh: Mapping[str, Any] | None = None,
+    weights: str = "",
 ) -> Model:
     """Returns the model of a run or an export, whose parameters are read at their first use.
 
@@ -142,10 +150,12 @@ def open_model(
       which: checkpoint of a run: "latest", the newest that is not damaged, or "best", by checkpoint.best of its config.
       mesh: fields of the config's mesh section, such as {"fsdp": 8}, over which each parameter is split; by default every
         device has all parameters.
+      weights: of a run: "trained", its parameters; "averaged", their average (`optimizer.ema`, or schedule-free AdamW); "", the
+        average of schedule-free AdamW, and the parameters of all others.
 
     Raises:
-      InputError: neither of these; nothing is saved yet; there is no best checkpoint; the mesh does not fit the devices or
-        the model, or the parameters do not fit into the memory of a device.
+      InputError: neither of these; nothing is saved yet; there is no best checkpoint, or no average; the mesh does not fit the
+        devices or the model, or the parameters do not fit into the memory of a device.
     """
     run = RunDir.of(checkpoint)
     settings, devices = _mesh_of(load_run_config(run), mesh)
@@ -153,6 +163,8 @@ def open_model(
     if section is not None:
         if which != "latest":
             raise InputError(f"{run} is an export, which holds one model: leave --which out")
+        if weights:
+            raise InputError(f"{run} is an export, which holds one model: leave --weights out")
         data_spec = data_spec_of(settings, run)
         model_spec = ModelSpec.of(settings, data_spec).with_precomputed_table(tuple(section["reach"]))
         load_params = functools.partial(_exported_params, run, _params_on_mesh(model_spec, devices))
@@ -167,8 +179,10 @@ def open_model(
             print(f"checkpoint {path} is damaged ({error}): step {step} is read in its place", file=sys.stderr)
     data_spec = data_spec_of(settings, run)
     model_spec = ModelSpec.of(settings, data_spec)
-    load_params = functools.partial(_saved_params, run, _params_on_mesh(model_spec, devices), step)
-    return Model(settings, model_spec, data_spec, load_params, step, str(run), devices)
+    average = _average_of(run, settings, weights, step)
+    load_params = functools.partial(_saved_params, run, _params_on_mesh(model_spec, devices), step, average)
+    averaged = average is not None
+    return Model(settings, model_spec, data_spec, load_params, step, str(run), devices, averaged=averaged)
 
 
 def _mesh_of(settings: Config, values: Mapping[str, Any] | None) -> tuple[Config, jax.sharding.Mesh]:
@@ -237,10 +251,26 @@ def data_spec_of(settings: Config, checkpoint: RunDir | str | os.PathLike) -> Da
     return DataSpec(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocab_size)
 
 
-def _saved_params(run: RunDir, targets: Params, step: int) -> Params:
-    """The parameters of a run's checkpoint; targets: their shapes, dtypes and shardings."""
+def _average_of(run: RunDir, settings: Config, weights: str, step: int) -> Any:
+    """The `optimizer` section of a run whose average is to be read, or None. Raises: InputError: there is no average."""
+    optimizer = settings.optimizer
+    if weights not in ("", "trained", "averaged"):
+        raise InputError(f"weights must be 'trained' or 'averaged', got '{weights}'")
+    if weights == "averaged" and not optimizers.has_average(optimizer):
+        raise InputError(
+            f"{run} has no average of its parameters: train with --config.optimizer.ema=0.999, or leave --weights out"
+        )
+    if not weights and optimizers.evaluates_average(optimizer):
+        checkpointer = Checkpointer(run, create=False)
+        weights = "trained" if checkpointer.meta(step).get(PARAMS_ONLY) else "averaged"
+        checkpointer.close()
+    return optimizer if weights == "averaged" else None
+
+
+def _saved_params(run: RunDir, targets: Params, step: int, average: Any = None) -> Params:
+    """The parameters of a run's checkpoint; targets: their shapes, dtypes and shardings; average: see `_average_of`."""
     checkpointer = Checkpointer(run, create=False)
-    params, _ = checkpointer.restore_params(targets, step)
+    params, _ = checkpointer.restore_params(targets, step, average)
     checkpointer.close()
     return params
 

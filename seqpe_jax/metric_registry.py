@@ -65,7 +65,13 @@ METRICS = {
         _percent("top5", "Top-5 accuracy in percent"),
     ),
 }
-HIGHER_IS_BETTER = {metric.name: metric.higher_is_better for metrics in METRICS.values() for metric in (LOSS, *metrics)}
+EMA = "ema_"  # before the name of a metric that is measured of the moving average of the parameters (`optimizer.ema`)
+HIGHER_IS_BETTER = {
+    prefix + metric.name: metric.higher_is_better
+    for metrics in METRICS.values()
+    for metric in (LOSS, *metrics)
+    for prefix in ("", EMA)
+}
 
 
 def training_metrics(data_kind: str) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ class Model:
       folder: folder of the run or export that the model was loaded from, or "".
       mesh: devices that it runs on.
       source: path of the other program's checkpoint that the model was loaded from, or "".
+      averaged: the parameters are the average of a run's (`loading.open_model`).
     """
 
     config: Config
@@ -54,6 +55,7 @@ class Model:
     folder: str = ""
     mesh: jax.sharding.Mesh = dataclasses.field(default_factory=lambda: make_mesh(0, 1))
     source: str = ""
+    averaged: bool = False
 
     def __repr__(self) -> str:
         parameters = f"{num_params(self.params):,} parameters"
@@ -61,6 +63,7 @@ class Model:
             return f"Model(encoder of positions, {parameters})"
         model = self.config.model
         origin = f", step {self.step:,} of {self.folder}" if self.folder else ""
+        origin += ", averaged" * self.averaged
         sizes = f"{model.layers} layers of width {model.width}"
         return f"Model({self.config.encoding.name} in {model.kind}, {sizes}, {parameters}{origin})"
 

@@ -82,6 +82,8 @@ COMMIT_MARKER = "commit_success.txt"  # of a checkpoint in a bucket, which has n
 META_FILE = pathlib.PurePosixPath("meta", "metadata")  # of a checkpoint: the metadata saved with the state
 EVALUATION_KEY = "evaluation"  # of that metadata: the metrics of the state
 SIDE_FILES_KEY = "side_files"  # of that metadata: the run's folder has a digests.json of its own
+TRACKERS_FILE = "trackers.json"  # identities of the run at its trackers, so that a resumed run continues their curves
+PARAMS_ONLY = "params_only"  # of that metadata: parameters without the state of an optimizer
 UPLOAD_SECONDS = 30.0  # between uploads of metrics to a bucket
 MAX_COUNT = 1 << 24  # maximum size of a vocabulary, and number of classes
 Exchange = Callable[[str, Any, Callable[[list[Any]], Any]], Any]  # `distributed.processes.exchange`
@@ -714,7 +716,10 @@ OUTPUT_FILES = {
     EVALUATION_FILE,
     CHECKPOINTS_DIR,
     COMPILED_DIR,
+    TRACKERS_FILE,
     "tensorboard",
+    "wandb",
+    "mlruns",
     "profile",
     "tokenizer_config.json",
     "special_tokens_map.json",

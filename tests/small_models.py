@@ -82,7 +82,7 @@ def shrink(config: Config) -> Config:
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=0, decay_steps=0, accumulate=1),
         eval=dataclasses.replace(evaluation, every=min(1, evaluation.every), batch_tokens=4096),
         checkpoint=dataclasses.replace(config.checkpoint, every=1, keep_every=0, best=best),
-        report=dataclasses.replace(config.report, every=1, tensorboard=False),
+        report=dataclasses.replace(config.report, every=1, trackers=()),
     )
     return from_dict(to_dict(small))
 

@@ -40,7 +40,7 @@ def tiny_config(**overrides) -> Config:
         "report.every": 1,
         "eval.lengths": (16, 32),
         "eval.tokens": 512,
-        "report.tensorboard": False,
+        "report.trackers": (),
     }
     if variant != "seqpe":  # what it does not read would be refused
         values = {name: value for name, value in values.items() if not name.startswith(("encoding.", "objective."))}

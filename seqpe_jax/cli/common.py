@@ -69,6 +69,15 @@ def define_checkpoint_choice() -> flags.FlagHolder:
     return flags.DEFINE_enum("which", "latest", ["latest", "best"], help)
 
 
+def define_weights_choice() -> flags.FlagHolder:
+    """Defines the flag `--weights`: the parameters of a run, or their average."""
+    help = (
+        "parameters of a run: as they are trained, or their average (optimizer.ema, schedule_free_adamw); by default the "
+        "average of schedule_free_adamw, and trained ones of the others"
+    )
+    return flags.DEFINE_enum("weights", None, ["trained", "averaged"], help)
+
+
 def define_ignore_fields() -> flags.FlagHolder:
     """Defines the flag `--ignore-fields`: fields of a Hugging Face folder that are unknown here and passed over."""
     help = "fields of a Hugging Face folder's config.json that are unknown here and passed over, e.g. a,b"

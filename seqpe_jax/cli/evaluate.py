@@ -20,6 +20,7 @@ _CHECKPOINT = common.define_path(
     "checkpoint", "workdir of a run, an export, or a folder of Hugging Face or the PyTorch reference"
 )
 _WHICH = common.define_checkpoint_choice()
+_WEIGHTS = common.define_weights_choice()
 _LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
 _CONTEXTS = flags.DEFINE_list(
     "contexts", [], "score the same tokens with so many tokens of context, e.g. 64,1024 (default: eval.contexts)"
@@ -113,7 +114,8 @@ def main() -> None:
     check_request(loading.folder_config(run, _IGNORE_FIELDS.value), folder, request)
     if not (run.is_model() or request.data):
         raise InputError(f"{folder} has no data set of its own: name one, such as --data=text_files --paths=FILE")
-    model = loading.open_folder(run, _WHICH.value, config_flags.mesh_overrides(), _IGNORE_FIELDS.value)
+    options = config_flags.mesh_overrides(), _IGNORE_FIELDS.value, _WEIGHTS.value or ""
+    model = loading.open_folder(run, _WHICH.value, *options)
     report, arrays = evaluate(model, request)
     if _OUTPUT.value and processes.is_main_process():
         for file in write(report, arrays, as_path(_OUTPUT.value)):

@@ -18,6 +18,7 @@ from seqpe_jax.files import as_path, require_empty
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run, or a folder of Hugging Face or the PyTorch reference")
 _IGNORE_FIELDS = common.define_ignore_fields()
 _WHICH = common.define_checkpoint_choice()
+_WEIGHTS = common.define_weights_choice()
 _OUTPUT = common.define_path("output", "new or empty folder to write", writes="folder")
 _MAX_LENGTH = flags.DEFINE_integer(
     "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", 1, 2**24
@@ -39,7 +40,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves the context that removes the unfinished folder
     processes.enable_compilation_cache()
     require_empty(_OUTPUT.value)
-    model = loading.open_folder(_CHECKPOINT.value, _WHICH.value, config_flags.mesh_overrides(), _IGNORE_FIELDS.value)
+    options = config_flags.mesh_overrides(), _IGNORE_FIELDS.value, _WEIGHTS.value or ""
+    model = loading.open_folder(_CHECKPOINT.value, _WHICH.value, *options)
     platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
     export.write_export(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
     print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / MODEL_CARD_FILE}")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run on text, or a folder of a Hugging Face decoder")
 _WHICH = common.define_checkpoint_choice()
+_WEIGHTS = common.define_weights_choice()
 _PROMPT = flags.DEFINE_string("prompt", None, "text to continue (default: standard input)")
 _FILE = common.define_path(
     "prompts-file", "UTF-8 file with a prompt on each line, instead of --prompt; - = standard input"
@@ -123,6 +124,7 @@ def generate_texts(
     max_new_tokens: int,
     *,
     which: str = "latest",
+    weights: str = "",
     window: int | None = None,
     stream: bool = False,
     print_prompt: bool = False,
@@ -137,6 +139,7 @@ def generate_texts(
       prompts: texts to continue.
       max_new_tokens: tokens at most after each prompt.
       which: checkpoint of the run, "latest" or "best" (`loading.open_model`).
+      weights: its parameters or their average, likewise.
       window: tokens of the window, where positions depend on its length (`inference.generate.check_generation`).
       stream: print the continuation of the one prompt while it grows; else a progress line counts the tokens.
       print_prompt: print that prompt before it.
@@ -160,7 +163,7 @@ def generate_texts(
     run = RunDir(checkpoint)
     if loading.folder_config(run, ignore_fields).is_image:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
-    model = loading.open_folder(run, which, mesh, ignore_fields)
+    model = loading.open_folder(run, which, mesh, ignore_fields, weights)
     tokens = model.task.prompts([encode_utf8(prompt) for prompt in prompts])
     sampling = Sampling(max_new_tokens, end=model.tokenizer.eos_id, **options)
     check_generation(
@@ -239,6 +242,7 @@ def main() -> None:
         prompts,
         _NEW_TOKENS.value,
         which=_WHICH.value,
+        weights=_WEIGHTS.value or "",
         window=_WINDOW.value,
         stream=_FILE.value is None,
         print_prompt=_PRINT_PROMPT.value,

@@ -53,6 +53,7 @@ RENAMED = {
     "encoding.reference_scaling": "compat.reference_scaling",
     "objective.contrastive.around_pivot": "objective.contrastive.around_anchor",
     "objective.contrastive.past_only": "objective.contrastive.causal_only",
+    "report.tensorboard": "report.trackers",
 }
 # Field, by its name today -> value in configs of older versions -> fields with the same meaning today.
 RENAMED_VALUES = {
@@ -67,6 +68,7 @@ RENAMED_VALUES = {
         "plain": {"model.attention_kind": "reference"},
         "blocks": {"model.attention_kind": "blockwise"},
     },
+    "report.trackers": {True: {"report.trackers": ("tensorboard",)}, False: {"report.trackers": ()}},
 }
 # Value that a stored config without a field was trained with, if it is not the field's default: a number, or a function of
 # the stored config. Under the default, the model of an old checkpoint would be another one.
@@ -210,7 +212,7 @@ def apply_renames(values: dict[str, Any]) -> dict[str, Any]:
     for field, values_of in RENAMED_VALUES.items():
         section, name = _section_of(found, field)
         value = section.get(name)
-        if not isinstance(value, str) or value not in values_of:
+        if not isinstance(value, (str, bool)) or value not in values_of:
             continue
         for new, meant in values_of[value].items():
             section, name = _section_of(found, new)

@@ -317,6 +317,9 @@ class ObjectiveConfig:
     label_smoothing: float = _field(
         0.0, "fraction of the target spread over all classes", **limits.DROP_RATE, of=IMAGE_LIKE
     )
+    z_loss: float = _field(
+        0.0, "weight of the squared logarithm of the softmax's denominator; 0 = none", **limits.WEIGHT
+    )
     mixing: MixingConfig = _section(MixingConfig, of=IMAGE_LIKE)
     contrastive: ContrastiveConfig = _section(ContrastiveConfig)
     distillation: DistillationConfig = _section(DistillationConfig)
@@ -328,8 +331,11 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the gradients of the model and of the digit encoder are clipped separately."""
+    """Optimizer; the gradients of the model and of the digit encoder are clipped separately."""
 
+    kind: Literal["adamw", "muon", "lion", "adafactor", "sgd", "schedule_free_adamw"] = _field(
+        "adamw", "optimizer; muon: of the hidden matrices of blocks, AdamW for all other parameters"
+    )
     learning_rate: float = _field(5e-5, "peak learning rate", low=1e-12, high=100.0, once=True)
     encoder_learning_rate: float = _field(
         0.0,
@@ -338,6 +344,14 @@ class OptimizerConfig:
         zero=True,
         low=1e-12,
         high=100.0,
+    )
+    embedding_learning_rate: float = _field(
+        0.0,
+        "peak learning rate of the token embeddings, under the same schedule; 0 = optimizer.learning_rate",
+        zero=True,
+        low=1e-12,
+        high=100.0,
+        of=TEXT_LIKE,
     )
     schedule: Literal["linear", "cosine", "constant", "wsd"] = _field(
         "linear", "decay after warm-up; wsd: stable, then a linear decay at the end"
@@ -348,6 +362,7 @@ class OptimizerConfig:
     b1: float = _field(0.9, "decay of the mean of gradients", **limits.DROP_RATE)
     b2: float = _field(0.999, "decay of the mean of squared gradients", **limits.DROP_RATE)
     epsilon: float = _field(1e-8, "added to the root of the squared gradients", low=1e-20, high=1.0, once=True)
+    momentum: float = _field(0.95, "muon, sgd: decay of the mean of gradients; 0 = none", **limits.DROP_RATE)
     state_dtype: Literal["float32", "bfloat16"] = _field(
         "float32", "dtype in which the mean of gradients is stored; that of squared gradients is always float32"
     )
@@ -356,6 +371,11 @@ class OptimizerConfig:
     )
     encoder_weight_decay: float = _field(0.0, "of the digit encoder's matrices", low=0.0, high=100.0)
     clip: float = _field(5.0, "largest global norm of gradients; 0 = no clipping", zero=True, low=1e-6, high=1e6)
+    ema: float = _field(
+        0.0,
+        "decay of a moving average of the parameters, evaluated and saved next to them; 0 = none",
+        **limits.DROP_RATE,
+    )
     freeze: tuple[str, ...] = _field(
         (), "patterns of the names of parameters that are not trained, such as model/*; () = none"
     )
@@ -445,7 +465,9 @@ class ReportConfig:
     """Metrics of a run."""
 
     every: int = _field(50, "steps between lines of metrics.jsonl", **limits.NUM_STEPS)
-    tensorboard: bool = _field(True, "write TensorBoard files too")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = _field(
+        ("tensorboard",), "also record metrics there: tensorboard, wandb, mlflow; () = in metrics.jsonl alone"
+    )
     watchdog: float = _field(
         300.0,
         "seconds without a step (and at least 10 steps' time) after which the run ends with all stacks; 0 = never",

@@ -40,6 +40,9 @@ def check(config: Config) -> None:
     _check_checkpoint(config)
     _check_mesh(config)
     _check_kernel_blocks(config)
+    trackers = config.report.trackers
+    if twice := [name for name in trackers if trackers.count(name) > 1]:
+        raise InputError(f"report.trackers names {twice[0]} twice: name it once")
     window = profile_window(config)
     if window is not None and window[1] > config.steps:
         raise InputError(f"profile.steps='{config.profile.steps}' ends beyond steps={config.steps}")
@@ -444,6 +447,8 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.freeze_steps={optimizer.freeze_steps} is read with optimizer.freeze alone: set that too, such as "
             "model/*"
         )
+    if optimizer.kind == "schedule_free_adamw":
+        _check_schedule_free(optimizer)
     if optimizer.freeze_steps >= config.steps:
         raise InputError(
             f"optimizer.freeze_steps={optimizer.freeze_steps} is not less than steps={config.steps}: lower it, or leave it at "
@@ -451,6 +456,20 @@ def _check_optimizer(config: Config) -> None:
         )
     if optimizer.warmup_steps > config.steps:
         raise InputError(f"optimizer.warmup_steps={optimizer.warmup_steps} is beyond steps={config.steps}")
+
+
+def _check_schedule_free(optimizer: OptimizerConfig) -> None:
+    """Refuses what an average in place of a decaying learning rate contradicts."""
+    for name, allowed, reason in (
+        ("schedule", optimizer.schedule == "constant", "averages in place of a decay: set optimizer.schedule=constant"),
+        ("b1", optimizer.b1 > 0, "weighs its average by it: give a number above 0"),
+        ("freeze_steps", not optimizer.freeze_steps, "has an average of all steps: leave it out"),
+        ("ema", not optimizer.ema, "evaluates an average of its own: leave it out"),
+    ):
+        if not allowed:
+            raise InputError(
+                f"optimizer.{name}={getattr(optimizer, name)} is not read by optimizer.kind='schedule_free_adamw', which {reason}"
+            )
 
 
 def _check_checkpoint(config: Config) -> None:
@@ -543,6 +562,12 @@ def _fields_of(section: type, prefix: str, without: str) -> tuple[str, ...]:
 def _has_mixture(config: Config, index: int) -> bool:
     mixture = config.objective.contrastive.mixture
     return len(mixture) <= index or mixture[index] > 0
+
+
+def _reads(field: str, *kinds: str) -> Condition:
+    """Returns the condition that an optimizer reads a field; kinds: those that do."""
+    words = " or ".join(f"'{kind}'" for kind in kinds)
+    return Condition((f"optimizer.{field}",), lambda config: config.optimizer.kind in kinds, f"optimizer.kind={words}")
 
 
 def _mixes_both(config: Config) -> bool:
@@ -644,6 +669,11 @@ CONDITIONS = (
         "model.attention_kind='auto' or 'flash'",
     ),
     Condition(("mesh.context_attention",), lambda config: config.mesh.context > 1, "mesh.context above 1"),
+    _reads("b1", "adamw", "muon", "lion", "schedule_free_adamw"),
+    _reads("b2", "adamw", "muon", "lion", "schedule_free_adamw"),
+    _reads("epsilon", "adamw", "muon", "schedule_free_adamw"),
+    _reads("momentum", "muon", "sgd"),
+    _reads("state_dtype", "adamw", "muon", "lion", "sgd"),
     Condition(
         ("optimizer.encoder_weight_decay",),
         lambda config: config.encoding.HAS_VECTORS,

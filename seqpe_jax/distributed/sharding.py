@@ -492,6 +492,8 @@ def describe_unsharded(dims: Sequence[UnshardedDim], shown: int = 5) -> str:
 def abstract_state_with_shardings(mesh: Mesh, abstract_state: Any) -> tuple[Any, list[UnshardedDim]]:
     """Adds shardings to the shapes of a train state; also returns the dimensions that could not be sharded.
 
+    Arrays of the optimizer state that have the shape of their parameter are split as it is; the others are replicated.
+
     Args:
       mesh: mesh of the run.
       abstract_state: tree of ShapeDtypeStructs, with parameters below "model" and "encoding".
@@ -500,6 +502,8 @@ def abstract_state_with_shardings(mesh: Mesh, abstract_state: Any) -> tuple[Any,
       ValueError: a parameter matches no pattern of `PARAM_AXES`; a new one needs a line there.
     """
     unsharded: list[UnshardedDim] = []
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_state)
+    params = {_path_name(path): leaf.shape for path, leaf in leaves}
 
     def spec_of(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
         keys = _path_name(path).split("/")
@@ -507,6 +511,8 @@ def abstract_state_with_shardings(mesh: Mesh, abstract_state: Any) -> tuple[Any,
         if not leaf.ndim or not roots:  # counters, the random key
             return PartitionSpec()
         name = "/".join(keys[roots[-1] :])
+        if keys[0] != "params" and params.get(f"params/{name}") != leaf.shape:  # such as sums of rows and columns
+            return PartitionSpec()
         spec: list[Any] = [None] * leaf.ndim
         for dimension, logical in enumerate(_param_axes(name, leaf.ndim)):
             axes = [axis for axis in PARAM_RULES.get(logical, ()) if mesh.shape[axis] > 1]

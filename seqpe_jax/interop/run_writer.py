@@ -10,7 +10,7 @@ from seqpe_jax import config as configs
 from seqpe_jax.checksums import DIGESTS_FILE, write_checksums
 from seqpe_jax.files import atomic_dir, require_empty
 from seqpe_jax.models.build import DataSpec, Params
-from seqpe_jax.run_dir import CONVERSION_FILE, SIDE_FILES_KEY, RunDir
+from seqpe_jax.run_dir import CONVERSION_FILE, PARAMS_ONLY, SIDE_FILES_KEY, RunDir
 from seqpe_jax.training.checkpoint import Checkpointer
 
 
@@ -46,7 +46,7 @@ def write_run(
             save_assets(folder)
         write_checksums(folder)
         checkpoints = Checkpointer(folder)
-        meta = {"params_only": True, SIDE_FILES_KEY: DIGESTS_FILE} | ({"converted": report["source"]} if report else {})
+        meta = {PARAMS_ONLY: True, SIDE_FILES_KEY: DIGESTS_FILE} | ({"converted": report["source"]} if report else {})
         checkpoints.save(step, {"params": params}, meta)
         checkpoints.close()
         if report is not None:

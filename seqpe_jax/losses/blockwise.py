@@ -7,6 +7,7 @@ block. Loss and gradients are computed in the same pass, so that no logits are c
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,33 +57,53 @@ def token_losses(
     return _on_devices(hidden_BLD, embedding_VD, targets_BL, jnp.zeros(()), scaling, gradients=False)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_loss(
     hidden_BLD: jax.Array,
     embedding_VD: jax.Array,
     targets_BL: jax.Array,
     weights_BL: jax.Array,
     scaling: Scaling = UNSCALED,
-) -> jax.Array:
-    """Returns the weighted sum of the cross-entropies of all tokens, float32[] in nats.
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (loss, squares): the weighted sums of the cross-entropies of all tokens, and of their squared normalizers.
+
+    Both are float32[]. A token's normalizer is the logarithm of the softmax's denominator. The loss has the gradient of
+    loss + z_loss * squares, so that both come from one pass, and the squares have none.
 
     Args:
       hidden_BLD, embedding_VD, targets_BL, scaling: as in `token_losses`.
       weights_BL: float32, without gradient.
+      z_loss: weight of the squares, which are 0 if it is.
     """
-    return (token_losses(hidden_BLD, embedding_VD, targets_BL, scaling) * weights_BL).sum()
+    losses = _on_devices(hidden_BLD, embedding_VD, targets_BL, weights_BL, scaling, gradients=False, z_loss=z_loss)
+    return _weighted_sums(losses, weights_BL)
+
+
+def _weighted_sums(losses: Sequence[jax.Array], weights_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what `weighted_loss` does, of the losses of tokens, and their normalizers if there are some."""
+    losses_BL, *normalizers = losses
+    squares = (jnp.square(normalizers[0]) * weights_BL).sum() if normalizers else jnp.zeros(())
+    return (losses_BL * weights_BL).sum(), squares
 
 
 def _forward(
-    hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, scaling: Scaling
-) -> tuple[jax.Array, Any]:
-    losses_BL, *gradients = _on_devices(hidden_BLD, embedding_VD, targets_BL, weights_BL, scaling, gradients=True)
-    return (losses_BL * weights_BL).sum(), gradients
+    hidden_BLD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    scaling: Scaling,
+    z_loss: float,
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    found = _on_devices(hidden_BLD, embedding_VD, targets_BL, weights_BL, scaling, gradients=True, z_loss=z_loss)
+    return _weighted_sums(found[:-2], weights_BL), found[-2:]
 
 
-def _backward(scaling: Scaling, gradients: Any, d_loss: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
-    del scaling
-    d_hidden_BLD, d_embedding_VD = gradients
+def _backward(
+    scaling: Scaling, z_loss: float, gradients: Any, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None]:
+    del scaling, z_loss
+    (d_hidden_BLD, d_embedding_VD), d_loss = gradients, cotangents[0]
     return (d_loss * d_hidden_BLD).astype(d_hidden_BLD.dtype), d_loss * d_embedding_VD, None, None
 
 
@@ -96,8 +117,12 @@ def _on_devices(
     weights_BL: jax.Array,
     scaling: Scaling,
     gradients: bool,
+    z_loss: float = 0.0,
 ) -> tuple[jax.Array, ...]:
-    """Returns the losses float32[B, L], and the gradients of their weighted sum: [B, L, D] of the states, float32[V, D]."""
+    """Returns float32[B, L], the losses, with z_loss also the normalizers, and the gradients of their weighted sum.
+
+    Gradients: [B, L, D] of the states, float32[V, D] of the embedding; see `weighted_loss`.
+    """
     batch, length, width = hidden_BLD.shape
     vocabulary = len(embedding_VD)
     weights_BL = jnp.broadcast_to(weights_BL, targets_BL.shape)
@@ -118,17 +143,22 @@ def _on_devices(
     num_blocks = next((number for number in range(least, 2 * least) if count % number == 0), least)
     results = axes.shard_map(
         functools.partial(
-            _on_device, vocabulary=vocabulary, num_blocks=num_blocks, scaling=scaling, gradients=gradients
+            _on_device,
+            vocabulary=vocabulary,
+            num_blocks=num_blocks,
+            scaling=scaling,
+            gradients=gradients,
+            z_loss=z_loss,
         ),
         (hidden_BLD, embedding_VD, targets_BL, weights_BL),
         (states, table, tokens, tokens),
-        results=(tokens, states, table) if gradients else (tokens,),
+        results=(*(tokens,) * (2 if z_loss else 1), *((states, table) if gradients else ())),
     )
-    losses_BL = results[0][:batch, :length]
     if not gradients:
-        return (losses_BL,)
-    d_embedding_VD = with_logical_constraint(results[2], VOCABULARY, PARAM_SHARDS)[:vocabulary]
-    return losses_BL, results[1][:batch, :length], d_embedding_VD
+        return tuple(values_BL[:batch, :length] for values_BL in results)
+    *of_tokens, d_embedding_VD = results
+    d_embedding_VD = with_logical_constraint(d_embedding_VD, VOCABULARY, PARAM_SHARDS)[:vocabulary]
+    return *(values[:batch, :length] for values in of_tokens), d_embedding_VD
 
 
 def _on_device(
@@ -141,6 +171,7 @@ def _on_device(
     num_blocks: int,
     scaling: Scaling,
     gradients: bool,
+    z_loss: float,
 ) -> tuple[jax.Array, ...]:
     """Returns what `_on_devices` does, of the shards of one device."""
     batch, length, width = hidden_BLD.shape
@@ -153,19 +184,18 @@ def _on_device(
         return padded.reshape(num_blocks, block, *flat.shape[1:])
 
     def add_block(d_embedding_VD: jax.Array | None, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array | None, Any]:
-        losses_T, d_hidden_TD, d_block_VD = _block_terms(*inputs, embedding_VD, vocabulary, scaling, gradients)
+        of_tokens, d_block_VD = _block_terms(*inputs, embedding_VD, vocabulary, scaling, gradients, z_loss)
         total = d_embedding_VD if d_block_VD is None else d_embedding_VD + d_block_VD
-        return total, (losses_T, d_hidden_TD)
+        return total, of_tokens
 
     zeros = jnp.zeros(embedding_VD.shape, jnp.float32) if gradients else None
     targets_NT, weights_NT = (axes.all_gather(blocks(array), PARAM_SHARDS, 1) for array in (targets_BL, weights_BL))
     arrays = (blocks(hidden_BLD), targets_NT, weights_NT)
-    d_embedding_VD, (losses_NT, d_hidden_NTD) = jax.lax.scan(add_block, zeros, arrays)
-    losses_BL = losses_NT.reshape(-1)[:count].reshape(batch, length)
-    if not gradients:
-        return (losses_BL,)
-    d_hidden_BLD = d_hidden_NTD.reshape(-1, width)[:count].reshape(batch, length, width)
-    return losses_BL, d_hidden_BLD, axes.psum(d_embedding_VD, OUTER_TOKENS)
+    d_embedding_VD, of_blocks = jax.lax.scan(add_block, zeros, arrays)
+    of_tokens = tuple(
+        values.reshape(-1, *values.shape[2:])[:count].reshape(batch, length, *values.shape[2:]) for values in of_blocks
+    )
+    return (*of_tokens, axes.psum(d_embedding_VD, OUTER_TOKENS)) if gradients else of_tokens
 
 
 def _block_terms(
@@ -176,8 +206,11 @@ def _block_terms(
     vocabulary: int,
     scaling: Scaling,
     gradients: bool,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Returns (losses float32[T], gradient of the states [T, D], float32[V, D] of the embedding) of a block.
+    z_loss: float,
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    """Returns (values of this device's tokens, gradient of the embedding float32[V, D]) of a block.
+
+    The values: losses float32[T], with z_loss also normalizers float32[T], and the gradient of the states [T, D].
 
     Args:
       hidden_TD: states of this device's tokens.
@@ -185,7 +218,8 @@ def _block_terms(
       embedding_VD: rows of this device; so is their gradient, which comes from the tokens of these devices.
       vocabulary: rows of all devices without padding.
       scaling: see `token_losses`.
-      gradients: False = None in place of both.
+      gradients: False = neither gradient, None in place of the embedding's.
+      z_loss: see `weighted_loss`.
     """
     own, dtype = len(hidden_TD), hidden_TD.dtype
     hidden_TD = axes.all_gather(hidden_TD, PARAM_SHARDS)
@@ -199,15 +233,19 @@ def _block_terms(
     is_target_TV = ids_V == targets_T[:, None]
     sums = exp_TV.sum(axis=-1), jnp.where(is_target_TV, logits_TV, 0.0).sum(axis=-1)
     sum_T, target_T = axes.psum(jnp.stack(sums), VOCABULARY_SHARDS)
-    losses_T = max_T + jnp.log(sum_T) - target_T
+    normalizers_T = max_T + jnp.log(sum_T)
+    values = (normalizers_T - target_T, normalizers_T) if z_loss else (normalizers_T - target_T,)
     first = axes.shard_index(PARAM_SHARDS) * own
-    losses_T = jax.lax.dynamic_slice_in_dim(losses_T, first, own)
+    values = tuple(jax.lax.dynamic_slice_in_dim(values_T, first, own) for values_T in values)
     if not gradients:
-        return losses_T, None, None
-    d_logits_TV = weights_T[:, None] * (exp_TV / sum_T[:, None] - is_target_TV)
+        return values, None
+    softmax_TV = exp_TV / sum_T[:, None]
+    if z_loss:
+        softmax_TV *= 1.0 + 2.0 * z_loss * normalizers_T[:, None]
+    d_logits_TV = weights_T[:, None] * (softmax_TV - is_target_TV)
     if scaling != UNSCALED:
         d_logits_TV *= multiplier * cap_slope(capped_TV, cap)
     d_logits_TV = d_logits_TV.astype(dtype)
     d_hidden_TD = axes.psum(axes.matmul_reduce_scatter(d_logits_TV, embedding_VD, PARAM_SHARDS), VOCABULARY)
     d_embedding_VD = jnp.einsum("tv,td->vd", d_logits_TV, hidden_TD, preferred_element_type=jnp.float32)
-    return losses_T, d_hidden_TD, d_embedding_VD
+    return (*values, d_hidden_TD), d_embedding_VD

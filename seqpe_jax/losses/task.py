@@ -16,6 +16,7 @@ from seqpe_jax.losses.image_mixing import mix_images
 
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
+Z_TERM = "term/z_loss"  # metric of the squared normalizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,11 @@ class NextTokenLoss:
 
     Attributes:
       documents: attention stays in a document, and a document's first token is not predicted; None = windows are read as one.
+      z_loss: weight of the squared normalizers, which `TrainLoss` adds; 0 = they are not computed.
     """
 
     documents: Documents | None = None
+    z_loss: float = 0.0
 
     def weight(self, batch: Batch) -> jax.Array:
         """Returns the weight of a batch in a mean over batches, float32[]: its weighted number of target tokens."""
@@ -117,7 +120,7 @@ class NextTokenLoss:
         return batch
 
     def loss(self, network: NetworkCall, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Returns (mean loss in nats per token, no metrics).
+        """Returns (mean loss in nats per token, {Z_TERM: float32[], mean of squared normalizers} with `z_loss`).
 
         Logits that do not fit into one block (`blockwise.fit_one_block`) are computed block by block.
 
@@ -129,12 +132,19 @@ class NextTokenLoss:
         inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         hidden_BLD, weights_BL = self._in_documents(network, inputs_BL).hidden(inputs_BL), self._weights(batch)
         if blockwise.fit_one_block(*targets_BL.shape, len(network.logit_embedding())):
-            return cross_entropy(network.logits(hidden_BLD), targets_BL, weights_BL)[0], {}
+            logits_BLV = network.logits(hidden_BLD)
+            return cross_entropy(logits_BLV, targets_BL, weights_BL)[0], self._terms(
+                lambda: mean_square_normalizer(logits_BLV, weights_BL)
+            )
         if weights_BL is None:
             weights_BL = jnp.ones(targets_BL.shape, jnp.float32)
         weights_BL = weights_BL / _total_weight(weights_BL)
-        arguments = (hidden_BLD, network.logit_embedding(), targets_BL, weights_BL, network.logit_scaling)
-        return blockwise.weighted_loss(*arguments), {}
+        arguments = (hidden_BLD, network.logit_embedding(), targets_BL, weights_BL, network.logit_scaling, self.z_loss)
+        loss, squares = blockwise.weighted_loss(*arguments)
+        return loss, self._terms(lambda: squares)
+
+    def _terms(self, squares: Callable[[], jax.Array]) -> Metrics:
+        return {Z_TERM: squares()} if self.z_loss else {}
 
     def eval_step(
         self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
@@ -160,12 +170,14 @@ class ClassificationLoss:
       mixing: `objective.mixing` section of the config, see `image_mixing.mix_images`.
       mean: per channel in 0..1, of uint8 images.
       std: per channel in 0..1, of uint8 images.
+      z_loss: weight of the squared normalizers, which `TrainLoss` adds; 0 = they are not computed.
     """
 
     label_smoothing: float
     mixing: Any
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    z_loss: float = 0.0
 
     def weight(self, batch: Batch) -> jax.Array:
         """Returns the weight of a batch in a mean over batches, float32[]: its number of images."""
@@ -176,7 +188,7 @@ class ClassificationLoss:
         return model_images(batch, self.mean, self.std, key)
 
     def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Returns (mean loss in nats per image, {"accuracy": float32[]} unless images are mixed).
+        """Returns (mean loss in nats per image, {"accuracy": float32[]} unless images are mixed, Z_TERM with `z_loss`).
 
         Args:
           apply: the model with dropout, float32[B, sides..., C] -> logits float32[B, V].
@@ -191,11 +203,12 @@ class ClassificationLoss:
                 key, images, labels_B, mixup=self.mixing.mixup, cutmix=self.mixing.cutmix, switch=self.mixing.switch
             )
         logits_BV = apply(images)
+        terms = {Z_TERM: mean_square_normalizer(logits_BV)} if self.z_loss else {}
         losses_B = cross_entropy(logits_BV, labels_B, label_smoothing=self.label_smoothing)[1]
         if not mixed:
-            return losses_B.mean(), {"accuracy": (ranks(logits_BV, labels_B) == 0).mean()}
+            return losses_B.mean(), terms | {"accuracy": (ranks(logits_BV, labels_B) == 0).mean()}
         other_losses_B = cross_entropy(logits_BV, other_labels_B, label_smoothing=self.label_smoothing)[1]
-        return (proportion * losses_B + (1 - proportion) * other_losses_B).mean(), {}
+        return (proportion * losses_B + (1 - proportion) * other_losses_B).mean(), terms
 
     def eval_step(
         self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
@@ -235,6 +248,12 @@ def cross_entropy(
     if weights is None:
         return losses.mean(), losses
     return (losses * weights).sum() / _total_weight(weights), losses
+
+
+def mean_square_normalizer(logits: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Returns the mean of the squared logarithms of the softmax's denominators, float32[]; arguments as `cross_entropy`."""
+    squares = jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
+    return squares.mean() if weights is None else (squares * weights).sum() / _total_weight(weights)
 
 
 def _total_weight(weights: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ from seqpe_jax.losses.position import (
     dot_products,
 )
 from seqpe_jax.losses.sample_positions import SampledPositions, may_perturb, sample_positions
-from seqpe_jax.losses.task import ClassificationLoss, NetworkCall, NextTokenLoss
+from seqpe_jax.losses.task import Z_TERM, ClassificationLoss, NetworkCall, NextTokenLoss
 from seqpe_jax.models.build import ModelSpec, Params, dropout_key, stream
 from seqpe_jax.models.flops import param_matmul_flops
 from seqpe_jax.positions.prefix_trie import PositionStructure
@@ -57,7 +57,7 @@ class EncoderRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainLoss:
-    """Task loss + w_c * contrastive loss + w_d * distillation loss (arXiv 2506.13277 section 3).
+    """Task loss + w_c * contrastive loss + w_d * distillation loss (arXiv 2506.13277 section 3) + the task's z-loss.
 
     Attributes:
       model_spec: encoding and network.
@@ -114,6 +114,8 @@ class TrainLoss:
         total = task
         for name, value in terms.items():
             total = total + term_weight(getattr(self.settings, name), step) * value
+        if Z_TERM in task_metrics:
+            total = total + self.task_loss.z_loss * microbatch_weight * task_metrics[Z_TERM]
         metrics = {"loss": total, "term/task": task}
         metrics |= {f"term/{name}": value for name, value in terms.items()}
         metrics |= {name: microbatch_weight * value for name, value in task_metrics.items()}

@@ -119,6 +119,7 @@ def _report(model: Any, split: str, results: list[dict[str, Any]]) -> dict[str, 
     return {
         "checkpoint": model.folder or model.source,
         "step": model.step,
+        **({"weights": "averaged"} if model.averaged else {}),
         "task": task.kind,
         "encoding": settings.encoding.name,
         f"training_{task.size_name}": training_size,

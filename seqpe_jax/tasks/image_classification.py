@@ -65,7 +65,11 @@ class ImageClassification(Task):
         if not self.data_spec.classes:
             self.data_spec = dataclasses.replace(self.data_spec, classes=self.source("train").classes)
         self.task_loss = ClassificationLoss(
-            config.objective.label_smoothing, config.objective.mixing, self.data_spec.mean, self.data_spec.std
+            config.objective.label_smoothing,
+            config.objective.mixing,
+            self.data_spec.mean,
+            self.data_spec.std,
+            config.objective.z_loss,
         )
         self.example = {
             "images": jax.ShapeDtypeStruct((*config.data.size, self.data_spec.channels), jnp.uint8),

@@ -58,7 +58,7 @@ class LanguageModeling(Task):
 
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
         self.config = config
-        self.task_loss: NextTokenLoss = NextTokenLoss()
+        self.task_loss: NextTokenLoss = NextTokenLoss(z_loss=config.objective.z_loss)
         self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
         self.count_per_step = config.batch_size * config.data.length
         stored = RunDir(run_dir).data_spec if run_dir else None
@@ -66,7 +66,7 @@ class LanguageModeling(Task):
         self.data_spec = DataSpec(vocabulary=vocabulary)
         if vocabulary and not data_available:
             if config.data.packing == "documents":  # to be compiled alone: any id makes the same program
-                self.task_loss = NextTokenLoss(self._documents(vocabulary - 1))
+                self.task_loss = dataclasses.replace(self.task_loss, documents=self._documents(vocabulary - 1))
             return
         if not config.data.tokenizer:
             raise InputError(
@@ -99,7 +99,7 @@ class LanguageModeling(Task):
             if stored_tokenizer.exists() and str(run_dir) != config.init_from:
                 self.tokenizer = load_tokenizer(stored_tokenizer)
         if config.data.packing == "documents":
-            self.task_loss = NextTokenLoss(self._documents(self.tokenizer.eos_id))
+            self.task_loss = dataclasses.replace(self.task_loss, documents=self._documents(self.tokenizer.eos_id))
 
     def _documents(self, end: int | None) -> Documents:
         """Returns the reading of windows in documents; end: token that ends one. Raises: InputError: there is none."""

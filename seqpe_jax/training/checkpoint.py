@@ -5,6 +5,7 @@ Damage is detected by `RunDir.checkpoint_error`.
 
 import contextlib
 import errno
+import functools
 import logging
 import math
 import os
@@ -22,9 +23,11 @@ from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardSave
 
 from seqpe_jax.checksums import DIGESTS_FILE, checksums_of, write_checksums
 from seqpe_jax.distributed import processes
+from seqpe_jax.distributed.sharding import abstract_state_with_shardings
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
 from seqpe_jax.files import AnyPath, free_space, is_remote, list_files, remove_dir
 from seqpe_jax.run_dir import CHECKPOINTS_DIR, COMMIT_MARKER, RunDir, best_of, metric_in
+from seqpe_jax.training.optimizer import averaged_params, is_of_average, make_optimizer
 
 ARRAY_METADATA_BYTES = 4096  # at most
 STATE_METADATA_BYTES = 65536  # at most
@@ -312,27 +315,41 @@ class Checkpointer:
         except Exception as error:  # Orbax raises many types for a damaged or foreign checkpoint
             raise self._unreadable(step, error) from error
 
-    def restore_params(self, params: Any, step: int | None = None) -> tuple[Any, int]:
-        """Returns (params, step) of a saved state, without reading its optimiser state.
+    def restore_params(self, params: Any, step: int | None = None, average: Any = None) -> tuple[Any, int]:
+        """Returns (params, step) of a saved state, of whose optimizer state no more is read than the average needs.
 
         Args:
           params: a tree of ShapeDtypeStructs with the shardings to restore to.
           step: None = the newest undamaged one.
+          average: `optimizer` section of the run's config: its average of the parameters is returned; None = they are.
 
         Raises:
-          InputError: there is no checkpoint, it is damaged, or of a model of other sizes.
+          InputError: there is no checkpoint, it is damaged, of a model of other sizes, or has no average.
         """
         step = self.run.require_latest_step() if step is None else step
         path = self.folder / str(step) / STATE_DIR
         try:
-            stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(str(path))).tree["params"]
+            stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(str(path))).tree
         except Exception as error:  # as in `restore`
             raise self._unreadable(step, error) from error
-        check_shapes(path.parent, _shapes(stored), _shapes(params))
+        check_shapes(path.parent, _shapes(stored["params"]), _shapes(params))
+        if average is not None and "opt_state" not in stored:
+            raise InputError(f"checkpoint {path.parent} holds parameters alone, and no average: leave --weights out")
+        targets = {"params": params}
+        if average is not None:  # Orbax reads all of the rest, unless each array of it has a placeholder
+            targets = (
+                dict.fromkeys(stored, ocp.PLACEHOLDER) | targets | {"opt_state": _average_targets(params, average)}
+            )
         try:
-            restored = _read(path, {"params": params}, partial=True)["params"]
+            found = _read(path, targets, partial=average is None)
         except Exception as error:  # as in `restore`
             raise self._unreadable(step, error) from error
+        restored = found["params"]
+        if average is not None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+            arrays = jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, found["opt_state"])
+            compute = jax.jit(functools.partial(averaged_params, average), out_shardings=shardings)
+            restored = compute(arrays, restored)
         check_finite(path.parent, restored)
         return restored, step
 
@@ -368,20 +385,39 @@ def _read(path: AnyPath, targets: Any, partial: bool = False) -> Any:
     Args:
       path: the folder of the arrays.
       targets: a tree of ShapeDtypeStructs with the shardings to restore to.
-      partial: read only the arrays of `targets`, of more that are stored.
+      partial: read only the arrays of `targets`, of more that are stored; placeholders of Orbax are not read.
     """
     options: dict[str, Any] = {}
     arguments = ocp.ArrayRestoreArgs
-    if _replicas_on_other_processes(jax.tree.leaves(targets)[0].sharding):
+    read = [leaf for leaf in jax.tree.leaves(targets) if leaf is not ocp.PLACEHOLDER]
+    if _replicas_on_other_processes(read[0].sharding):
         handler = type_handlers.SingleReplicaArrayHandler(replica_axis_index=REPLICA_AXIS, primary_replica_id=0)
         options["type_handler_registry"] = type_handlers.create_type_handler_registry((jax.Array, handler))
         arguments = type_handlers.SingleReplicaArrayRestoreArgs
     restore_args = jax.tree.map(
-        lambda leaf: arguments(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), targets
+        lambda leaf: (
+            ocp.RestoreArgs()
+            if leaf is ocp.PLACEHOLDER
+            else arguments(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+        ),
+        targets,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as reader:
         request = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args, partial_restore=partial)
         return reader.restore(epath.Path(str(path)), args=request)
+
+
+def _average_targets(params: Any, settings: Any) -> Any:
+    """Returns the targets of what `averaged_params` reads of an optimizer state, and placeholders for the rest.
+
+    Args:
+      params: a tree of ShapeDtypeStructs with shardings on a mesh.
+      settings: `optimizer` section of the run's config.
+    """
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    shapes = jax.eval_shape(make_optimizer(settings, 1).init, params)
+    state = abstract_state_with_shardings(mesh, {"params": params, "opt_state": shapes})[0]["opt_state"]
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf if is_of_average(path) else ocp.PLACEHOLDER, state)
 
 
 def _replicas_on_other_processes(sharding: jax.sharding.Sharding) -> bool:

@@ -97,7 +97,7 @@ class MetricsHook(Hook):
     """Writes the metrics of each step one step later, so that the device never waits for the host; stops on non-finite ones.
 
     Args:
-      writer: metrics.jsonl and TensorBoard of the run.
+      writer: metrics.jsonl and trackers of the run.
       clock: clock of the run.
       every: steps between two lines of metrics; the first and the last step are always written.
       num_steps: length of the run.
@@ -155,6 +155,8 @@ class MetricsHook(Hook):
     def on_end(self, loop: LoopState) -> None:
         """Reports the last step."""
         self.flush(loop)
+        self._writer.write_figures(loop.step)
+        self._writer.complete = True
 
     def flush(self, loop: LoopState) -> None:
         """Waits for the pending step and reports it. Raises: NonFiniteError."""
@@ -298,8 +300,8 @@ class EvaluationHook(Hook):
     """Evaluates every `every` steps and after the last one; preemption interrupts an evaluation between two batches.
 
     Args:
-      evaluate: (params, callback between batches) -> metrics.
-      writer: metrics.jsonl and TensorBoard of the run.
+      evaluate: (state, callback between batches) -> metrics.
+      writer: metrics.jsonl and trackers of the run.
       clock: clock of the run.
       metrics_hook: pauses the step time.
       preemption: ends the run during an evaluation.
@@ -340,11 +342,12 @@ class EvaluationHook(Hook):
                 self._clock.progress()
                 between_batches(*done)
 
-            return self._evaluate(loop.state.params, after_batch)
+            return self._evaluate(loop.state, after_batch)
 
         with self._metrics_hook.paused_clock(loop, phases.EVALUATION):
             metrics = self._preemption.run_preemptible(loop, evaluate)
             self._writer.write(loop.step, metrics, time=self._clock.seconds())
+            self._writer.write_evaluation(loop.step, metrics)
         loop.last_eval = loop.step, metrics
 
 

@@ -46,6 +46,7 @@ from seqpe_jax.training.resume import (
     with_random_bits,
 )
 from seqpe_jax.training.step import Batch, TrainState, TrainStep
+from seqpe_jax.training.trackers import check_installed
 from seqpe_jax.training.trainer import Trainer, best_metric
 from seqpe_jax.training.watchdog import Watchdog
 
@@ -71,6 +72,7 @@ def train_and_evaluate(
 
     # Checks, before anything is written.
     check_profile(config)
+    check_installed(config.report.trackers)
     check_together(run)
     # None: no checkpoint. The folder as process 0 sees it: a network file system may show another host less.
     saved = processes.from_main("saved step", run.latest_step() if processes.is_main_process() else None)
@@ -217,7 +219,8 @@ def make_hooks(
       clock: clock of the run.
     """
     config = trainer.config
-    writer = MetricsWriter(run, start_step, tensorboard=config.report.tensorboard)
+    config_json = json.loads(json.dumps(configs.to_dict(config)))
+    writer = MetricsWriter(run, start_step, trackers=config.report.trackers, config=config_json)
     checkpointer.before_save = writer.flush  # the metrics of a saved step are written before its checkpoint
     metrics_hook = hooks_lib.MetricsHook(
         writer,
@@ -231,7 +234,6 @@ def make_hooks(
         max_skips=config.optimizer.skips if config.optimizer.non_finite == "skip" else 0,
         skipped=metadata.get("skipped", 0),
     )
-    config_json = json.loads(json.dumps(configs.to_dict(config)))
     checkpoint_hook = hooks_lib.CheckpointHook(
         checkpointer,
         {"config": config_json, SIDE_FILES_KEY: DIGESTS_FILE},

@@ -1,42 +1,55 @@
-"""Writes a run's metrics to metrics.jsonl and to TensorBoard."""
+"""Writes a run's metrics to metrics.jsonl and to its trackers."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
-import pathlib
 import time as clock
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import Failure, StoreError
 from seqpe_jax.files import atomic_write, is_remote, list_files, tmp_dir
 from seqpe_jax.run_dir import METRICS_FILE, UPLOAD_SECONDS, RunDir
-
-TENSORBOARD_SECONDS = 10.0  # between writes of events, each of which waits for the disk
+from seqpe_jax.training.trackers import Tracker, open_trackers
 
 
 class MetricsWriter:
-    """Appends one object per step to WORKDIR/metrics.jsonl, and the same values to TensorBoard; on the main process only.
+    """Appends one object per step to WORKDIR/metrics.jsonl, and gives the same to trackers; on the main process only.
 
     What cannot be written, e.g. on a full disk, waits, and is written with the next step; the first failure prints one line. A
     resumed run drops what an earlier start wrote past the step that it resumes from. Nothing can be appended in a bucket: there
-    both lie on this machine and are uploaded every `UPLOAD_SECONDS` and by `flush`.
+    the file and TensorBoard's lie on this machine and are uploaded every `UPLOAD_SECONDS` and by `flush`.
 
     Args:
       run: the run's folder.
       resume_step: steps that are done.
-      tensorboard: writes TensorBoard's events too.
+      trackers: names of trackers (`report.trackers`).
+      config: nested values of the run's config, for the trackers.
+
+    Attributes:
+      complete: the run has taken all of its steps; set by who knows.
+
+    Raises:
+      InputError: a tracker does not start.
     """
 
-    def __init__(self, run: RunDir | str | os.PathLike, resume_step: int = 0, *, tensorboard: bool = True):
+    def __init__(
+        self,
+        run: RunDir | str | os.PathLike,
+        resume_step: int = 0,
+        *,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
         run = RunDir.of(run)
+        self.complete = False
+        self._trackers: list[Tracker] = []
         self._file: io.RawIOBase | io.BytesIO | None = None
-        self._events = self._local_dir = None
+        self._local_dir = None
         self._pending, self._has_failed = bytearray(), False
         self._is_uploaded = True
         self._closing = contextlib.ExitStack()
@@ -53,8 +66,7 @@ class MetricsWriter:
             self._local_dir = self._closing.enter_context(tmp_dir())
         else:
             self._file = open(self._path, "ab", buffering=0)
-        if tensorboard:
-            self._events = _TensorBoard(self._local_dir or run.path / "tensorboard", resume_step + 1)
+        self._trackers = open_trackers(trackers, run.path, self._local_dir, resume_step, config or {})
 
     def write(self, step: int, values: dict[str, float], *, time: float) -> None:
         """Writes the values of a step.
@@ -68,12 +80,40 @@ class MetricsWriter:
             return
         self._pending += (json.dumps({"step": step, "time": time} | values) + "\n").encode()
         self._write_pending()
-        if self._events is not None:
-            self._events.write(step, values)
+        for tracker in self._trackers:
+            tracker.write(step, values)
         self._is_uploaded = False
         if self._local_dir is not None and clock.monotonic() - self._upload_time > UPLOAD_SECONDS:
             with contextlib.suppress(StoreError):  # the next upload writes all of it, or a save reports the error
                 self.flush()
+
+    def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Gives the metrics of an evaluation, "eval/NAME@SIZE", to the trackers as a table with a row for each size."""
+        cells = {
+            tuple(name.removeprefix("eval/").split("@", 1)): value for name, value in metrics.items() if "@" in name
+        }
+        names = list(dict.fromkeys(name for name, _ in cells))
+        sizes = list(dict.fromkeys(size for _, size in cells))
+        rows = [[size, *(cells.get((name, size)) for name in names)] for size in sizes]
+        for tracker in self._trackers:
+            tracker.write_table(step, "evaluation", ["size", *names], rows)
+
+    def write_figures(self, step: int) -> None:
+        """Gives the plots of the run so far, those of `report`, to trackers that take some."""
+        trackers = [tracker for tracker in self._trackers if tracker.wants_figures]
+        if not trackers:
+            return
+        with contextlib.suppress(StoreError):  # as in `write`
+            self.flush()
+        # Drawing is imported for trackers that show plots alone.
+        plots, study, images = map(
+            importlib.import_module, ("seqpe_jax.reporting.plots", "seqpe_jax.reporting.study", "PIL.Image")
+        )
+        for plot in plots.plot_study(study.read_study(self._path.parent)):
+            image = images.open(io.BytesIO(plot.png()))
+            plots.close(plot)
+            for tracker in trackers:
+                tracker.write_figure(step, f"plots/{plot.name}", image)
 
     def _write_pending(self) -> None:
         """Writes the lines that are not in the file yet, as far as there is space."""
@@ -91,8 +131,8 @@ class MetricsWriter:
         if self._file is None:
             return
         self._write_pending()
-        if self._events is not None:
-            self._events.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         if self._local_dir is None or self._is_uploaded:
             return
         self._upload_time = clock.monotonic()
@@ -106,48 +146,11 @@ class MetricsWriter:
         if self._file is None:
             return
         with self._closing, contextlib.closing(self._file):
+            for tracker in self._trackers:
+                tracker.close(self.complete)
             self.flush()
             if self._pending:
                 lines = self._pending.count(b"\n")
                 raise Failure(
                     f"failed: no space for the last {lines} lines of {self._path}; the checkpoints are complete"
                 )
-
-
-class _TensorBoard:
-    """Writes events without a thread: the writer of the library hangs once its thread has met a full disk.
-
-    Args:
-      folder: folder of the event files.
-      first_step: TensorBoard hides what earlier files hold from this step on.
-    """
-
-    def __init__(self, folder: os.PathLike, first_step: int):
-        self._folder, self._has_failed = pathlib.Path(folder), False
-        self._writer: EventsWriter | None = None
-        # Events that may not be on the disk yet.
-        self._events = [Event(step=first_step, session_log=SessionLog(status=SessionLog.START))]
-        self._time = clock.monotonic()
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds the values of a step."""
-        now = clock.time()
-        self._events += [Event(step=step, wall_time=now, summary=scalar(name, value)) for name, value in values.items()]
-        if clock.monotonic() - self._time > TENSORBOARD_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes the events to the disk; what fails is written into another file by the next flush."""
-        self._time = clock.monotonic()
-        try:
-            if self._writer is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._writer = EventsWriter(str(self._folder / "events"))
-            for event in self._events:
-                self._writer.write_event(event)
-            self._writer.flush()
-            self._events, self._has_failed = [], False
-        except OSError as error:
-            if not self._has_failed:
-                ProgressLine(1).say(f"{self._folder}: {error.strerror}: events are written when there is space again")
-            self._has_failed, self._writer = True, None

@@ -36,6 +36,7 @@ CHANGEABLE = (
         for name in (
             "learning_rate",
             "encoder_learning_rate",
+            "embedding_learning_rate",
             "schedule",
             "decay_steps",
             "warmup_steps",
@@ -43,6 +44,8 @@ CHANGEABLE = (
             "b1",
             "b2",
             "epsilon",
+            "momentum",
+            "ema",
             "weight_decay",
             "encoder_weight_decay",
             "clip",
@@ -70,7 +73,7 @@ CHANGEABLE = (
     "precision.matmul",
 )
 # Of these, fields that decide whether the state has some arrays: they must stay 0, or above 0.
-SWITCHES = ("optimizer.clip", "optimizer.freeze_steps")
+SWITCHES = ("optimizer.clip", "optimizer.freeze_steps", "optimizer.momentum", "optimizer.ema")
 PREEMPTION_SECONDS = 30.0  # between the notice that a machine is taken away and its end, on most clouds
 PROBE_BYTES = 64 * 2**20
 

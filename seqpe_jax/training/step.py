@@ -63,6 +63,7 @@ def make_train_step(
     weight: Callable[[Batch], jax.Array] | None = None,
     skip: bool = False,
     project: Callable[[Any], Any] = lambda params: params,
+    average: Callable[[Any, Any, jax.Array], Any] = lambda opt_state, params, step: opt_state,
 ) -> TrainStep:
     """Returns the train step of a loss.
 
@@ -78,6 +79,7 @@ def make_train_step(
       skip: leave parameters and moments unchanged in a step whose loss, gradients or new parameters are not finite, and
         report the metric `skipped`, 1 or 0. Counts of the optimizer still advance, so that the schedule follows the step.
       project: maps updated parameters into their bounds.
+      average: (optimizer state, updated parameters, step) -> optimizer state whose average of parameters has moved.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -106,6 +108,7 @@ def make_train_step(
         grads, metrics = loss_gradients(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = project(optax.apply_updates(state.params, updates))
+        opt_state = average(opt_state, params, state.step)
         metrics |= _gradient_norms(grads) | {"learning_rate": jnp.asarray(schedule(state.step))}
         if skip:
             finite = all_finite((metrics["loss"], grads, params))

@@ -15,6 +15,7 @@ from seqpe_jax.distributed import compiler_options, processes
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.inference.compiled import CompiledModel, Progress, compiled_model, no_progress, with_mesh
 from seqpe_jax.losses.train_loss import TrainLoss
+from seqpe_jax.metric_registry import EMA
 from seqpe_jax.models.attention_context import make_plan
 from seqpe_jax.models.attention_inputs import AttentionInputs
 from seqpe_jax.models.build import ModelSpec, Params, Shape, check_encoding, matmul_precision, model_flops
@@ -152,6 +153,7 @@ class Trainer:
             weight=self.task.task_loss.weight,
             skip=self.config.optimizer.non_finite == "skip",
             project=optimizers.projection(self.model_spec.param_bounds),
+            average=optimizers.update_average(self.config.optimizer),
         )
 
         @functools.wraps(step)
@@ -173,18 +175,35 @@ class Trainer:
         loader = self.task.train_loader(rows)
         return ((step, layout.from_local_rows(self.mesh, batch)) for step, batch in loader.prefetch(start_step))
 
-    def evaluate(self, params: Params, progress: Progress = no_progress) -> dict[str, float]:
+    def evaluate(self, state: TrainState, progress: Progress = no_progress) -> dict[str, float]:
         """Returns the metrics of the validation split, e.g. {"eval/loss@512": nats}.
 
+        With `optimizer.ema` also those of the average, "eval/ema_loss@512"; schedule-free AdamW evaluates its average alone.
+
         Args:
-          params: parameters of the model.
+          state: state of the run.
           progress: called after each batch.
         """
-        metrics = {}
-        for eval_size in self.task.eval_sizes():
-            result = evaluate_at(self.task, self.compiled, params, eval_size, "validation", progress)
-            metrics |= {_metric_key(name, eval_size): result[name] for name in self.task.training_metrics(self.config)}
+        settings, metrics = self.config.optimizer, {}
+        weights = {"": state.params}
+        if optimizers.has_average(settings):
+            weights["" if optimizers.evaluates_average(settings) else EMA] = self._average(state)
+        for prefix, params in weights.items():
+            for eval_size in self.task.eval_sizes():
+                result = evaluate_at(self.task, self.compiled, params, eval_size, "validation", progress)
+                names = self.task.training_metrics(self.config)
+                metrics |= {_metric_key(prefix + name, eval_size): result[name] for name in names}
         return metrics
+
+    @functools.cached_property
+    def _average(self) -> Callable[[TrainState], Params]:
+        """The function that returns the average of the parameters of a state, within their bounds."""
+        project = optimizers.projection(self.model_spec.param_bounds)
+
+        def average(state: TrainState) -> Params:
+            return project(optimizers.averaged_params(self.config.optimizer, state.opt_state, state.params))
+
+        return jax.jit(average, out_shardings=self._state_shardings.params)
 
     def describe(self) -> str:
         """Returns a summary of devices, data, model and batch, one item per line."""
@@ -194,6 +213,7 @@ class Trainer:
             f"{config.encoding.name} on {config.data.name}: {num_params(self.abstract_state.params):,} parameters, "
             f"{self.task.describe()}",
             processes.describe_batch(config.batch_size, layout.batch_shards(self.mesh)),
+            self._describe_optimizer(),
         ]
         if self.unsharded_dims:
             lines.append(layout.describe_unsharded(self.unsharded_dims))
@@ -201,6 +221,15 @@ class Trainer:
             lines.append(f"XLA options: {' '.join(self.config.mesh.compiler_options)}")
         lines += self.notes
         return "\n  ".join(lines)
+
+    def _describe_optimizer(self) -> str:
+        """Returns a line on the optimizer and the memory of its state."""
+        settings, state = self.config.optimizer, self.abstract_state.opt_state
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        words = f"optimizer {settings.kind}: {size / 2**20:,.1f} MiB of state"
+        if self.mesh.size > 1:
+            words += f", {layout.device_bytes(state) / 2**20:,.1f} on each device"
+        return f"{words}, an average of the parameters among it" if optimizers.has_average(settings) else words
 
     @property
     def _state_shardings(self) -> TrainState:
@@ -228,6 +257,8 @@ def best_metric(config: Config) -> str:
     if not config.checkpoint.best:
         return ""
     names = task_class(config).training_metrics(config)
+    if config.optimizer.ema:
+        names = (*names, *(EMA + name for name in names))
     return check_best_metric(
         config.checkpoint.best, [_metric_key(name, size) for size in config.eval_sizes for name in names]
     )

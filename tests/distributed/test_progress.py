@@ -15,14 +15,14 @@ from seqpe_jax.training.metrics_writer import MetricsWriter
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     for step in range(1, 6):
         writer.write(step, {"train/loss": 0.1 * step}, time=float(step))
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/lo')
     assert [line["step"] for line in RunDir(tmp_path).read_metrics()] == [1, 2, 3, 4, 5]
-    writer = MetricsWriter(tmp_path, 3, tensorboard=False)
+    writer = MetricsWriter(tmp_path, 3)
     writer.write(4, {"train/loss": 1 / 3}, time=9.0)
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -34,12 +34,12 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
     text = '{"step": 1}\n{"st\n{"step": 3}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(InputError, match="metrics.jsonl, line 2"):
-        MetricsWriter(tmp_path, 3, tensorboard=False)
+        MetricsWriter(tmp_path, 3)
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
 def test_tensorboard_events_are_written(tmp_path):
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(tmp_path, trackers=("tensorboard",))
     writer.write(1, {"train/loss": 2.0}, time=0.0)
     writer.close()
     assert [path.name.startswith("events") for path in (tmp_path / "tensorboard").iterdir()] == [True]
@@ -47,7 +47,7 @@ def test_tensorboard_events_are_written(tmp_path):
 
 def test_metrics_wait_for_space_on_the_disk(tmp_path, monkeypatch, capsys):
     """The file takes half of a line, then nothing, then all; an event file fails once."""
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(tmp_path, trackers=("tensorboard",))
     file, space = writer._file, [20, 0, 0, 10**6]
 
     def write(content):

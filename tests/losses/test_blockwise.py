@@ -12,7 +12,7 @@ from seqpe_jax.config.encodings import ModelDims
 from seqpe_jax.distributed.sharding import abstract_state_with_shardings, make_mesh
 from seqpe_jax.inference.compiled import with_mesh
 from seqpe_jax.losses import blockwise
-from seqpe_jax.losses.task import NetworkCall, NextTokenLoss
+from seqpe_jax.losses.task import Z_TERM, NetworkCall, NextTokenLoss
 from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import TransformerConfig
 from seqpe_jax.profiling.collectives import collectives
@@ -43,15 +43,18 @@ def example(tied: bool = True, **fields):
     return network, variables, signal, batch
 
 
-def loss_and_gradients(tied: bool = True, weighted: bool = True, mesh=None, **fields):
-    """The jitted training loss of parameters, with their gradients."""
+def loss_and_gradients(tied: bool = True, weighted: bool = True, mesh=None, z_loss=0.0, **fields):
+    """The jitted training loss of parameters and its metrics, with their gradients."""
     network, _, signal, batch = example(tied, **fields)
     batch = batch if weighted else {"tokens": batch["tokens"]}
 
     def loss(params):
-        return NextTokenLoss().loss(NetworkCall(network, {"params": params}, signal), batch, None)[0]
+        value, metrics = NextTokenLoss(z_loss=z_loss).loss(
+            NetworkCall(network, {"params": params}, signal), batch, None
+        )
+        return value + z_loss * metrics.get(Z_TERM, 0.0), (value, metrics)
 
-    return jax.jit(jax.value_and_grad(loss if mesh is None else with_mesh(mesh, loss)))
+    return jax.jit(jax.value_and_grad(loss if mesh is None else with_mesh(mesh, loss), has_aux=True))
 
 
 def count_calls(name, monkeypatch):
@@ -68,9 +71,12 @@ def close(found, expected):
 
 @pytest.mark.parametrize("name, tied, weighted", [(name, name != "fsdp", name != "one device") for name in MESHES])
 def test_blocks_have_the_loss_and_gradients_of_all_logits(name, tied, weighted, monkeypatch):
+    has_z_loss = name != "one device"
     fields = {"logit_multiplier": 3.0, "logit_cap": 2.0} if name == "fsdp" else {}  # about the size of the logits
     params = example(tied, **fields)[1]["params"]
+    fields |= {"z_loss": 0.3} if has_z_loss else {}
     expected = loss_and_gradients(tied, weighted, **fields)(params)
+    assert bool(expected[0][1][1]) == has_z_loss
     mesh = MESHES[name] and make_mesh(*MESHES[name])
     if mesh is not None:
         shapes = abstract_state_with_shardings(mesh, {"params": {"model": params}})[0]["params"]["model"]
@@ -100,7 +106,7 @@ def test_the_logits_of_all_tokens_are_never_in_memory(monkeypatch):
     tokens_BL, size = jnp.zeros((BATCH, LENGTH), jnp.int32), BATCH * LENGTH * VOCABULARY
 
     def holds_all():  # one function for each trace, which JAX keeps
-        gradients = jax.grad(lambda *of: blockwise.weighted_loss(*of, tokens_BL, jnp.ones(tokens_BL.shape)), (0, 1))
+        gradients = jax.grad(lambda *of: blockwise.weighted_loss(*of, tokens_BL, jnp.ones(tokens_BL.shape))[0], (0, 1))
         return has_array_of_size(jax.make_jaxpr(gradients)(hidden_BLD, table_VD).jaxpr, size // 2)
 
     assert holds_all()
@@ -114,7 +120,8 @@ def test_logits_in_bfloat16_have_float32_losses(monkeypatch):
     targets_BL = jnp.arange(12).reshape(2, 6)
     weights_BL = jnp.full((2, 6), 1 / 12)
     monkeypatch.setattr(blockwise, "LOGITS_PER_BLOCK", 100)
-    value, gradients = jax.value_and_grad(blockwise.weighted_loss, (0, 1))(hidden_BLD, table_VD, targets_BL, weights_BL)
+    gradient = jax.value_and_grad(blockwise.weighted_loss, (0, 1), has_aux=True)
+    (value, _), gradients = gradient(hidden_BLD, table_VD, targets_BL, weights_BL)
     logits_BLV = jnp.einsum(
         "bld,vd->blv", hidden_BLD.astype(jnp.float32), table_VD.astype(jnp.bfloat16).astype(jnp.float32)
     )

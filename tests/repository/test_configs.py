@@ -61,7 +61,7 @@ SHRUNKEN = {
     "eval.lengths": (16,),
     "eval.tokens": 256,
     "report.every": 1,
-    "report.tensorboard": False,
+    "report.trackers": (),
     "mesh.fsdp": 1,
 }
 OF_TEXT = ("data.length", "data.tokenizer", "eval.lengths", "eval.tokens")

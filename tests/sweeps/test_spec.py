@@ -130,7 +130,7 @@ def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):
         "optimizer.learning_rate": 1e-3,
         "optimizer.clip": 2,
         "model.scan": True,
-        "report.tensorboard": False,
+        "report.trackers": (),
         "eval.lengths": (16,),
         "data.paths": ("a b", "c"),
         "data.cache_dir": "it's",

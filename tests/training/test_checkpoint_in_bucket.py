@@ -170,7 +170,7 @@ def test_what_is_to_be_there_before_a_state_is_there_or_the_save_has_failed(stor
 
 def test_metrics_are_written_whole_now_and_then_and_when_asked(store, monkeypatch):
     path = as_path(store.folder) / METRICS_FILE
-    writer = MetricsWriter(store.folder)
+    writer = MetricsWriter(store.folder, trackers=("tensorboard",))
     for step in (1, 2):
         writer.write(step, {"train/loss": 1 / step}, time=float(step))
     assert path.read_bytes() == b"", "not at each step"
@@ -192,7 +192,7 @@ def test_metrics_are_written_whole_now_and_then_and_when_asked(store, monkeypatc
     writer.close()
     assert [line["step"] for line in RunDir(store.folder).read_metrics()] == [1, 2, 3, 4, 5]
 
-    writer = MetricsWriter(store.folder, 3, tensorboard=False)
+    writer = MetricsWriter(store.folder, 3)
     writer.write(4, {"train/loss": 1 / 3}, time=9.0)
     writer.close()
     lines = RunDir(store.folder).read_metrics()

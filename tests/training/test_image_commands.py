@@ -33,7 +33,7 @@ TINY = {
     "encoding.width": 16,
     "encoding.heads": 2,
     "objective.shift.rate": 0,
-    "report.tensorboard": False,
+    "report.trackers": (),
     "eval.every": 2,
     "eval.sizes": (8, 12),
 }

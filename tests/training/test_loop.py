@@ -73,7 +73,7 @@ class Run:
       num_steps: length of the run.
       step: train step.
       state: initial state.
-      evaluate: (params, callback between batches) -> metrics; None: no evaluation.
+      evaluate: (state, callback between batches) -> metrics; None: no evaluation.
       checkpointer: of the run.
       eval_every, save_every: steps between two evaluations or saves.
       pending_eval: the evaluation of the initial state was interrupted.
@@ -108,7 +108,7 @@ class Run:
         self.state = state or TrainState(jnp.int32(start), None, {}, ())
         self.checkpointer = checkpointer or FakeCheckpointer()
         self.clock = clock = clock or hooks.TrainingClock()
-        writer = MetricsWriter(folder, start, tensorboard=False)
+        writer = MetricsWriter(folder, start)
         options = {"every": 1, "num_steps": num_steps, "count_per_step": 10, "count_name": "tokens"} | options
         metrics = hooks.MetricsHook(writer, clock, latest_checkpoint=self.checkpointer.saved_step, **options)
         save = hooks.CheckpointHook(self.checkpointer, {}, clock, metrics, every=save_every, max_failures=max_failures)

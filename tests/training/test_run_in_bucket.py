@@ -26,7 +26,7 @@ FIELDS = {
     "objective__contrastive__weight": 0.0,
     "objective__distillation__weight": 0.0,
     "model__dropout": 0.1,
-    "report__tensorboard": True,
+    "report__trackers": ("tensorboard",),
 }
 
 
