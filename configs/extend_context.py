@@ -6,15 +6,15 @@
 
 Variants: rotary (default, the first stage: the quickstart's model, 800 steps); yarn and ntk (RoPE with the scalings of longer
 windows; ntk needs no training: its one step has the learning rate 0); drope (no encoding, with a short recalibration, arXiv
-2512.12167); seqpe (SeqPE next to all rotary pairs, which begins without an effect); seqpe_partial (SeqPE in place of all but the
-four fastest pairs); and any other encoding of texts. Hardware: one CPU core; about three minutes for the first stage, one for each of the others.
+2512.12167); seqpe (SeqPE next to all rotary pairs, which begins without an effect); rotary_partial (only the four fastest pairs
+remain) and seqpe_partial (SeqPE in place of the others); and any other encoding of texts. Hardware: one CPU core; about three minutes for the first stage, one for each of the others.
 Result: docs/results.md; all variants with three seeds: configs/sweeps/extend_context.py.
 """
 
 from seqpe_jax.config import defaults, with_encoding
 
-FORMS = {"yarn": "rotary", "ntk": "rotary", "drope": "none", "seqpe_partial": "seqpe"}
-PAIRS = {"seqpe": 12, "seqpe_partial": 4}  # of the twelve pairs of a head
+FORMS = {"yarn": "rotary", "ntk": "rotary", "drope": "none", "rotary_partial": "none", "seqpe_partial": "seqpe"}
+PAIRS = {"seqpe": 12, "seqpe_partial": 4, "rotary_partial": 4}  # of the twelve pairs of a head
 
 
 def get_config(variant=None):
@@ -48,6 +48,8 @@ def get_config(variant=None):
     if variant == "drope":
         c.encoding.log_scaling = True  # in windows longer than those of training, attention stays as sharp as there
 
+    c.encoding.rotary_pairs = PAIRS.get(variant, 0)
+
     # SeqPE as in configs/stdlib_lm.py.
     c.encoding.max_position = 5000
     c.encoding.width = 48
@@ -56,7 +58,6 @@ def get_config(variant=None):
     if FORMS.get(variant, variant) == "seqpe":
         c.encoding.init_std = 0.1
         c.encoding.qk_init_std = 0.1
-        c.encoding.rotary_pairs = PAIRS[variant]
         c.encoding.start_at_zero = True
     c.encoding.feature_width = 8
     c.encoding.qk = "multi"

@@ -1,4 +1,4 @@
-"""How a trained RoPE model reads eight times its training length: YaRN, NTK, DroPE and SeqPE next to RoPE, three seeds each.
+"""How a trained RoPE model reads eight times its training length: YaRN, NTK, DroPE, fewer pairs and SeqPE, three seeds each.
 
     python -m seqpe_jax.sweep --sweep=configs/sweeps/extend_context.py --workdir=runs/extend_context --results=docs/results/extend_context.json
     python -m seqpe_jax.report --workdir=runs/extend_context --output=runs/extend_context/report
@@ -10,7 +10,7 @@ tuned. Hardware: one CPU core; about 20 minutes.
 from seqpe_jax.sweeps import FolderOf
 
 CONFIG = "configs/extend_context.py"
-VARIANTS = ("yarn", "ntk", "drope", "seqpe", "seqpe_partial")
+VARIANTS = ("yarn", "ntk", "drope", "seqpe", "rotary_partial", "seqpe_partial")
 SEEDS = (1, 2, 3)
 
 
