@@ -62,6 +62,11 @@ def shards(name: str) -> int:
     return 1 if sharding is None else sharding.shards(name)
 
 
+def is_sharded() -> bool:
+    """Returns whether arrays are split over several devices here."""
+    return shards(ENCODER_ROWS) > 1  # split over every axis of a mesh
+
+
 def mesh_axes(name: str) -> tuple[str, ...]:
     """Returns the mesh axes over which a dimension of this name is split; () = it is not."""
     sharding = _CURRENT.get()

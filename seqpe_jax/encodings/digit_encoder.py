@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.config import SeqPEConfig
+from seqpe_jax.matmul import dense_dot_general
 from seqpe_jax.positions.digits import significant_mask, to_digits
 from seqpe_jax.positions.prefix_trie import PrefixTrie, build_trie
 
@@ -143,7 +144,8 @@ class EncoderBlock(nn.Module):
         norm = functools.partial(
             nn.LayerNorm, epsilon=config.layer_norm_epsilon, scale_init=nn.initializers.constant(config.norm_init)
         )
-        dense = functools.partial(nn.Dense, kernel_init=initializer(config, config.init_std))
+        kernel_init = initializer(config, config.init_std)
+        dense = functools.partial(nn.Dense, kernel_init=kernel_init, dot_general=dense_dot_general)
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
         head_width = width // config.heads
         qkv = dense(3 * width, name="qkv")(norm(name="norm_1")(x))

@@ -19,6 +19,7 @@ from seqpe_jax.axes import (
     with_logical_constraint,
 )
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
+from seqpe_jax.matmul import matmul
 from seqpe_jax.models.attention import KVCache, position_logits
 from seqpe_jax.models.attention_inputs import cap_logits
 from seqpe_jax.models.transformer import Network, make_blocks, make_norm, measure_attention, run_block, run_blocks
@@ -120,7 +121,7 @@ class Decoder(Network):
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Returns the logits float32[B, L, V] of final states."""
         embedding_VD = all_gather_param(self.logit_embedding().astype(self.config.dtype), VOCABULARY, WIDTH)
-        logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
+        logits_BLV = matmul(hidden_BLD, embedding_VD.T, dtype=jnp.float32)
         multiplier, cap = self.logit_scaling()
         logits_BLV = cap_logits(logits_BLV if multiplier == 1.0 else logits_BLV * multiplier, cap)
         return with_logical_constraint(logits_BLV, BATCH, LENGTH, VOCABULARY)

@@ -24,6 +24,7 @@ from seqpe_jax.axes import (
 )
 from seqpe_jax.encodings.digit_encoder import ACTIVATIONS
 from seqpe_jax.encodings.position_signal import Pair, PositionSignal, broadcast_to_batch, clip_straight_through
+from seqpe_jax.matmul import matmul
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, attention_weights
 from seqpe_jax.models.attention_inputs import ATTENTION_RESULT
 from seqpe_jax.models.attention_tpu import AUTO_BLOCKS, KernelBlocks
@@ -201,7 +202,7 @@ class Linear(nn.Module):
             bias_init = nn.initializers.constant(self.bias_init)
             bias = self.param("bias", bias_init, self.shape[self.contract_dims :], jnp.float32)
         kernel = all_gather_param(kernel.astype(self.dtype), *self.logical_axes)
-        product = jnp.tensordot(x.astype(self.dtype), kernel, self.contract_dims)
+        product = matmul(x.astype(self.dtype), kernel, self.contract_dims)
         return product if bias is None else product + bias.astype(self.dtype)
 
 

@@ -36,8 +36,18 @@ class StoredResults:
     plan: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def settings_of(self, name: str) -> dict[str, Any]:
-        """Returns the nested config of a run."""
-        return unflatten_dict(self.shared | self.runs[name]["settings"], ".")
+        """Returns the nested config of a run, without shared fields that its encoding does not have."""
+        own = self.runs[name]["settings"]
+        kind = (self.shared | own).get("encoding.kind")
+        shared = {field: value for field, value in self.shared.items() if not _is_foreign(field, kind)}
+        return unflatten_dict(shared | own, ".")
+
+
+def _is_foreign(field: str, kind: Any) -> bool:
+    """Returns whether other encodings have a field, by its dotted name, and this kind has not."""
+    section, _, name = field.partition(".")
+    known = section == "encoding" and kind in config.ENCODINGS
+    return known and bool(config.kinds_with(name)) and not config.ENCODINGS[kind].has(name)
 
 
 def read_results(path: str | os.PathLike) -> StoredResults:

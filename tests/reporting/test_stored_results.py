@@ -9,7 +9,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.metric_registry import METRICS
 from seqpe_jax.reporting import report, tuning_table
 from seqpe_jax.reporting.significance import outcome_sentence, outcomes
-from seqpe_jax.reporting.stored_results import read_stored_study
+from seqpe_jax.reporting.stored_results import StoredResults, read_stored_study
 from tests.reporting.test_significance import study
 
 LOSS, BITS = "eval/loss@64", METRICS["text"][0]
@@ -75,6 +75,13 @@ def test_a_study_that_is_not_finished_is_shown_as_far_as_it_has_come(results, tm
         ["2 of 5", "2.0000", "1.8000", "so far alibi-pairs", "-", "-", "-", "-"],
     ]
     assert parts.note.endswith("Parts: pairs: rotary_pairs=4; gate: gate=forget.")
+
+
+def test_shared_fields_that_an_encoding_lacks_are_left_out():
+    shared = {"steps": 5, "encoding.kind": "seqpe", "encoding.width": 48, "encoding.layers_with": []}
+    stored = StoredResults(shared, {"none-1": entry("none", {}), "seqpe-1": entry("seqpe", {})})
+    assert stored.settings_of("none-1") == {"steps": 5, "encoding": {"kind": "none"}}
+    assert stored.settings_of("seqpe-1")["encoding"] == {"kind": "seqpe", "width": 48, "layers_with": []}
 
 
 def test_a_failed_trial_is_left_out_where_runs_are_there(results, tmp_path):
