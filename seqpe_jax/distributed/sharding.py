@@ -386,7 +386,7 @@ class MeshSharding:
 
         def without_constraints(*arguments: Any) -> Any:
             if params is not None:
-                arguments = *arguments[:-1], jax.tree.map(_all_gather, arguments[-1], specs[-1])
+                arguments = *arguments[:-1], _all_gather_tree(arguments[-1], specs[-1])
             with use_sharding(None), use_collectives(Collectives()):
                 return function(*arguments)
 
@@ -403,12 +403,59 @@ class MeshSharding:
         return result[:, :length] if padding else result
 
 
-def _all_gather(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Returns the whole array of a device's shard, inside `shard_map`; its gradient is reduce-scattered."""
+def _all_gather_tree(shards: Any, specs: Any) -> Any:
+    """Returns the whole arrays of a tree of a device's shards, inside `shard_map`; gradients leave as the shards are.
+
+    They are summed as one array on a ring (`seqpe_jax.ring`): where an axis of the mesh spans two sides of a slice, a TPU's
+    compiler makes their reduce-scatters one all-reduce of whole arrays, for which the devices wait.
+
+    Args:
+      shards: tree of arrays of one dtype.
+      specs: tree of PartitionSpecs, each with at most one dimension that is split.
+    """
+    leaves, structure = jax.tree.flatten(shards)
+    dimensions = [_split_dimension(spec) for spec in structure.flatten_up_to(specs)]
+
+    @jax.custom_vjp
+    def gather(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [
+            leaf if names is None else jax.lax.all_gather(leaf, names, axis=dimension, tiled=True)
+            for leaf, (dimension, names) in zip(leaves, dimensions, strict=True)
+        ]
+
+    def scatter(_: None, gradients: list[jax.Array]) -> tuple[list[jax.Array]]:
+        gradients = list(gradients)
+        for axes in sorted({names for _, names in dimensions if names}):
+            group = [number for number, (_, names) in enumerate(dimensions) if names == axes]
+            parts = [jnp.moveaxis(gradients[number], dimensions[number][0], 0) for number in group]
+            for number, part in zip(group, _reduce_scatter_together(parts, axes), strict=True):
+                gradients[number] = jnp.moveaxis(part, 0, dimensions[number][0])
+        return (gradients,)
+
+    gather.defvjp(lambda leaves: (gather(leaves), None), scatter)
+    return jax.tree.unflatten(structure, gather(leaves))
+
+
+def _split_dimension(spec: PartitionSpec) -> tuple[int, tuple[str, ...] | None]:
+    """Returns the dimension of an array that is split, and over which mesh axes; (0, None) if there is none."""
     for dimension, names in enumerate(spec):
         if names is not None:
-            shard = jax.lax.all_gather(shard, names, axis=dimension, tiled=True)
-    return shard
+            return dimension, names if isinstance(names, tuple) else (names,)
+    return 0, None
+
+
+def _reduce_scatter_together(arrays: Sequence[jax.Array], mesh_axes: tuple[str, ...]) -> list[jax.Array]:
+    """Returns this device's shard of the sum over devices of each array, along the first dimension, inside `shard_map`."""
+    shards, lanes = jax.lax.axis_size(mesh_axes), 1024  # rows of whole tiles of a TPU
+    packed = jnp.concatenate([array.reshape(shards, -1) for array in arrays], axis=1)
+    columns = packed.shape[1]
+    packed = jnp.pad(packed, ((0, 0), (0, -columns % lanes))).reshape(shards, -1, lanes)
+    summed = reduce_scatter(packed, 0, mesh_axes).reshape(-1)[:columns]
+    ends = np.cumsum([array.size // shards for array in arrays])
+    return [
+        part.reshape(len(array) // shards, *array.shape[1:])
+        for array, part in zip(arrays, jnp.split(summed, ends[:-1]), strict=True)
+    ]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
