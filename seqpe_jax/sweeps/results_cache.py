@@ -15,7 +15,7 @@ from seqpe_jax.files import as_path, atomic_dir, atomic_write, parse_json
 from seqpe_jax.reporting.stored_results import StoredResults, read_results
 from seqpe_jax.run_dir import EVALUATION_FILE, METRICS_FILE, RunDir
 from seqpe_jax.sweeps.run import RESTORED_FILE, SweepRun, map_runs
-from seqpe_jax.sweeps.spec import BestOf, Trial
+from seqpe_jax.sweeps.spec import BestOf, FolderOf, Trial
 from seqpe_jax.sweeps.trial_graph import TrialGraph
 from seqpe_jax.trees import flatten_dict
 
@@ -52,10 +52,25 @@ class ResultsCache:
         """
         names: list[str] = []
         decided: list[str] = []
-        while restored := [run.name for run in graph.runs.values() if self._restore(run)]:
+        needed = self._needed_folders(graph)
+        while restored := [run.name for run in graph.runs.values() if run.name not in needed and self._restore(run)]:
             names += restored
             decided += graph.decide({run.name for run in graph.runs.values() if run.remaining_commands()})
         return names, decided
+
+    def _needed_folders(self, graph: TrialGraph) -> set[str]:
+        """Returns the names of runs with whose checkpoints others begin that are not in the file: they are run again."""
+        sources = {
+            name: [one.run for one in run.trial.best.values() if isinstance(one, FolderOf)]
+            for name, run in graph.runs.items()
+        }
+        needed: set[str] = set()
+        missing = [name for name in sources if name not in self._runs]
+        while missing:
+            found = set(sources[missing.pop()]) - needed
+            needed |= found
+            missing += found
+        return needed
 
     def update(self, runs: Iterable[SweepRun]) -> None:
         """Writes the results of finished runs into the file.
@@ -89,7 +104,10 @@ class ResultsCache:
     def _restore(self, run: SweepRun) -> bool:
         """Creates the folder of a run; returns whether it was created."""
         entry = self._runs.get(run.name)
-        if entry is None or run.trial.best or (run.evaluated and not entry["evaluation"]):
+        open_fields = run.trial.best
+        if any(not isinstance(one, FolderOf) for one in open_fields.values()):
+            return False
+        if entry is None or (run.evaluated and not entry["evaluation"]):
             return False
         if run.folder.exists() and any(run.folder.iterdir()):
             return False
@@ -99,7 +117,8 @@ class ResultsCache:
             settings = config.to_dict(config.from_dict(stored.settings_of(run.name)))
         except InputError as error:
             raise InputError(f"{where} cannot be read by this version: {error}") from error
-        if lines := config.difference(settings, _settings_of(run)):
+        wanted = _settings_of(run) | {field: one.run for field, one in open_fields.items()}
+        if lines := config.difference(settings, wanted):
             raise InputError(
                 f"{where} is another one there ({', '.join(lines)}): give it a new name, or name a new file"
             )

@@ -148,6 +148,10 @@ def test_a_run_begins_with_the_folder_of_another(tmp_path, wishes):  # noqa: F81
     assert decided == [f"tuned-1: init_from={tmp_path}/second/base-1 (base-1 is finished)"]
     rows = {run.name: run.row for run in study.read_study(tmp_path / "second").runs}
     assert rows == {"base-1": "base-1", "tuned-1": "tuned-1"} and not second.blocked_runs([])
+    more = (*trials, dataclasses.replace(trial("longer-1", seed=1), best={"init_from": FolderOf("base-1")}))
+    added, restored, _ = worked(tmp_path / "added", file, more)
+    assert restored == ["tuned-1"], "base-1 is trained again: the file has no checkpoint for longer-1"
+    assert [headers(added.runs[name]) for name in ("base-1", "longer-1")] == [["train", "evaluate"]] * 2
     wishes["base-1"] = "fails"
     third = worked(tmp_path / "third", tmp_path / "other.json", trials)[0]
     assert third.blocked_runs([third.runs["tuned-1"]]) == ["tuned-1 waits for base-1 (failed) to decide init_from"]
