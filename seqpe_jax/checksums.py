@@ -1,8 +1,8 @@
 """Checksums of a folder's files, written along with them, so that damage is found before a file is used.
 
 They lie in the folder as digests.json: {"folder": its name, "files": {file: checksum, or a list of allowed ones}}. A checksum
-is a file's SHA-256 in hex digits. Objects in a bucket have the MD5 that the bucket itself stores, so that nobody needs to
-download them. Orbax's own metadata file has the SHA-256 of its content without the commit time, which Orbax adds later.
+is a file's SHA-256 in hex digits. Objects in a bucket have the MD5 that the bucket itself holds, if it does, so that nobody
+needs to download them. Orbax's own metadata file has the SHA-256 of its content without the commit time, which Orbax adds later.
 """
 
 import base64
@@ -200,12 +200,12 @@ def _matches(path: AnyPath, values: str | list[str]) -> bool:
 def _scheme_for(path: AnyPath) -> str:
     if path.name == ORBAX_METADATA:
         return WITHOUT_COMMIT_TIME
-    return MD5 if is_remote(path) and path.info().get("md5Hash") else ""
+    return MD5 if is_remote(path) and path.md5() else ""
 
 
 def _checksum(path: AnyPath, scheme: str) -> str:
     """The checksum of a file, which begins with its scheme; the scheme "" is plain SHA-256. Raises: FileNotFoundError."""
-    if scheme == MD5 and is_remote(path) and (stored := path.info().get("md5Hash")):
+    if scheme == MD5 and is_remote(path) and (stored := path.md5()):
         return MD5 + stored
     if scheme == WITHOUT_COMMIT_TIME:
         return _metadata_checksum(path)

@@ -1,6 +1,6 @@
-"""Local paths and gs:// addresses alike: as users give them, checks before work starts, atomic writes, file locks.
+"""Local paths and addresses in buckets alike: as users give them, checks before work starts, atomic writes, file locks.
 
-`gcs` has the paths in buckets; it is imported only for them, since a run on a disk does without its libraries.
+`buckets` has the paths in buckets; it is imported only for them, since a run on a disk does without its libraries.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from seqpe_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from seqpe_jax.gcs import RemotePath
+    from seqpe_jax.buckets import RemotePath
 
-GCS_SCHEME = "gs://"
+BUCKET_SCHEMES = ("gs://", "s3://")
 COMPILED_DIR = "compiled"  # compiled programs, in the cache or in the folder of a run in a bucket
-AnyPath = Any  # a `pathlib.Path`, or a `gcs.RemotePath`, which has the same methods and a few more
+AnyPath = Any  # a `pathlib.Path`, or a `buckets.RemotePath`, which has the same methods and a few more
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
@@ -30,7 +30,7 @@ fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
 def expand_path(path: str, *, local: str = "") -> str:
-    """Returns a path with `~` and `~user` expanded, or a normalized gs:// address.
+    """Returns a path with `~` and `~user` expanded, or a normalized address in a bucket.
 
     Args:
       path: path given by the user; it need not exist.
@@ -42,16 +42,17 @@ def expand_path(path: str, *, local: str = "") -> str:
     if not path.strip():
         raise InputError("a path is empty: give the name of a file or folder")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", path)
-    if scheme and not local and path.startswith(GCS_SCHEME):
-        from seqpe_jax import gcs
+    if scheme and not local and path.startswith(BUCKET_SCHEMES):
+        from seqpe_jax import buckets
 
-        return gcs.check_address(path)
+        return buckets.check_address(path)
     if scheme:
         mount = "mount it (gcsfuse, s3fs, mountpoint-s3) or give a folder that all hosts share"
-        hint = {
-            "gs": f"{local}: {mount}" if local else "an address in a bucket is written gs://BUCKET/NAME",
-            "s3": f"checkpoints cannot be saved to s3:// (Orbax has no way there): give gs://BUCKET/NAME, {mount}",
-        }.get(scheme[1], f"there is no way to {scheme[1]}:// addresses: give gs://BUCKET/NAME, {mount}")
+        written = f"{scheme[1]}://BUCKET/NAME"
+        if f"{scheme[1]}://" not in BUCKET_SCHEMES:
+            hint = f"there is no way to {scheme[1]}:// addresses: give gs://BUCKET/NAME or s3://BUCKET/NAME, {mount}"
+        else:
+            hint = f"{local}: {mount}" if local else f"an address in a bucket is written {written}"
         raise InputError(f"{path}: {hint}. A folder of that name is ./{path}")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
@@ -69,17 +70,17 @@ def expand_path(path: str, *, local: str = "") -> str:
 
 
 def as_path(path: str | os.PathLike) -> AnyPath:
-    """Returns a `pathlib.Path`, or a `gcs.RemotePath` for a gs:// address."""
+    """Returns a `pathlib.Path`, or a `buckets.RemotePath` for an address in a bucket."""
     if not is_remote(path):
         return pathlib.Path(path)
-    from seqpe_jax import gcs
+    from seqpe_jax import buckets
 
-    return gcs.RemotePath(gcs.check_address(os.fspath(path)))
+    return buckets.RemotePath(buckets.check_address(os.fspath(path)))
 
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Returns whether a path is an address in a bucket, where nothing can be appended, renamed or locked."""
-    return os.fspath(path).startswith(GCS_SCHEME)
+    return os.fspath(path).startswith(BUCKET_SCHEMES)
 
 
 def cache_root(chosen: str | os.PathLike = "") -> pathlib.Path:
@@ -135,9 +136,9 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
     """
     target = as_path(path)
     if is_remote(target):
-        from seqpe_jax import gcs
+        from seqpe_jax import buckets
 
-        gcs.check_writable(target, folder, option)
+        buckets.check_writable(target, folder, option)
         return
     try:
         os.stat(target)
@@ -172,9 +173,9 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
 def check_readable(path: str | os.PathLike, option: str) -> None:
     """Refuses a path in a bucket that does not exist or that this user cannot read. Raises: InputError."""
     if is_remote(path):
-        from seqpe_jax import gcs
+        from seqpe_jax import buckets
 
-        gcs.check_bucket(as_path(path), option)
+        buckets.check_bucket(as_path(path), option)
 
 
 def require_empty(folder: str | os.PathLike, option: str = "--output") -> None:
@@ -322,8 +323,8 @@ def list_files(folder: AnyPath) -> list[AnyPath]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def file_versions(folder: AnyPath) -> tuple[tuple[str, int, int], ...]:
-    """Returns (name, bytes, generation or mtime) of all files of a folder; it differs once one of them is written."""
+def file_versions(folder: AnyPath) -> tuple[tuple[str, int, Any], ...]:
+    """Returns (name, bytes, version or mtime) of all files of a folder; it differs once one of them is written."""
     if is_remote(folder):
         return folder.file_versions()
     versions = []

@@ -2,8 +2,10 @@
 
 import gc
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator
 
@@ -31,7 +33,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 
 from tests.commands import Commands
-from tests.emulator import Store
+from tests.emulator import BUCKET, S3Store, Store
 
 gc.set_threshold(50_000, 20, 50)  # traces make many objects that live long; looking through them again costs time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -91,23 +93,52 @@ def one_device() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def one_store() -> Iterator[Store]:
-    """An object store on this machine, for all tests of a process."""
+def _running(kind: type[Store]) -> Iterator[Store]:
     with pytest.MonkeyPatch.context() as patch:
-        running = Store()
+        running = kind()
         for name, value in running.environment.items():
             patch.setenv(name, value)
         yield running
         running.close()
 
 
+@pytest.fixture(scope="session")
+def one_store() -> Iterator[Store]:
+    """An object store on this machine, for all tests of a process."""
+    yield from _running(Store)
+
+
+@pytest.fixture(scope="session")
+def one_s3_store() -> Iterator[Store]:
+    """A store that speaks S3's protocol; tests skip where the libraries for it are absent."""
+    for name in ("s3fs", "moto", "flask", "flask_cors"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install -e .[s3-test]")
+    yield from _running(S3Store)
+
+
 @pytest.fixture
 def store(one_store: Store, request: pytest.FixtureRequest) -> Iterator[Store]:
     """The same, with a folder of the test's own, `store.folder`, and without failures on purpose."""
-    one_store.folder = f"gs://runs/{request.node.name}"
-    yield one_store
-    one_store.fail(0)
+    yield from _of_test(one_store, request)
+
+
+@pytest.fixture
+def s3_store(one_s3_store: Store, request: pytest.FixtureRequest) -> Iterator[Store]:
+    """The same of S3."""
+    yield from _of_test(one_s3_store, request)
+
+
+@pytest.fixture(params=["store", "s3_store"], ids=["gs", "s3"])
+def any_store(request: pytest.FixtureRequest) -> Store:
+    """Each of both kinds in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def _of_test(one: Store, request: pytest.FixtureRequest) -> Iterator[Store]:
+    one.folder = f"{one.scheme}{BUCKET}/{re.sub('[^a-z0-9_]+', '_', request.node.name)}"
+    yield one
+    one.fail(0)
 
 
 def _shared(name: str) -> pathlib.Path:

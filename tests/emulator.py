@@ -1,4 +1,4 @@
-"""Google Cloud Storage as its emulator serves it, in a process of its own; what fails on purpose, fails there."""
+"""Object stores as emulators serve them, each in a process of its own; what fails on purpose, fails there."""
 
 import http.server
 import io
@@ -21,7 +21,7 @@ NAME = re.compile(rb'"name": *("(?:[^"\\]|\\.)*")')  # in the first part of an u
 
 
 class Store:
-    """An emulator with one bucket.
+    """An emulator of Google Cloud Storage with one bucket.
 
     Args:
       directory: a folder of this machine that holds the objects; None = memory.
@@ -30,32 +30,36 @@ class Store:
       environment: the variables by which the libraries find it; folder: an address for the test that runs.
     """
 
-    folder = f"gs://{BUCKET}"
+    scheme = "gs://"
 
     def __init__(self, directory: pathlib.Path | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}"
-        self.environment = {
-            "STORAGE_EMULATOR_HOST": self.address,
-            "TENSORSTORE_GCS_HTTP_URL": self.address,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks at each turn, in vain, which kind of bucket it is
-        }
+        self.address, self.folder = f"http://127.0.0.1:{port}", f"{self.scheme}{BUCKET}"
+        self.environment = self._environment()
         root = pathlib.Path(__file__).resolve().parents[1]
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.emulator", str(port), str(directory or "")],
+            [sys.executable, "-m", "tests.emulator", self.scheme, str(port), str(directory or "")],
             cwd=root,
+            env=os.environ | self.environment,
             stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + 60
         while True:
             try:
-                self._ask("/")
+                self.failed()
                 return
             except OSError:
                 assert time.monotonic() < deadline and self._server.poll() is None, "the emulator does not start"
                 time.sleep(0.05)
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "STORAGE_EMULATOR_HOST": self.address,
+            "TENSORSTORE_GCS_HTTP_URL": self.address,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks at each turn, in vain, which kind of bucket it is
+        }
 
     def _ask(self, path: str) -> bytes:
         with urllib.request.urlopen(self.address + path, timeout=10) as answer:
@@ -77,6 +81,49 @@ class Store:
         self._server.wait()
 
 
+class S3Store(Store):
+    """An emulator of S3 with one bucket, in memory."""
+
+    scheme = "s3://"
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.address,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "a-test",
+            "AWS_SECRET_ACCESS_KEY": "a-test",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+
+class Failures:
+    """Which of the next requests fail on purpose."""
+
+    def __init__(self) -> None:
+        self._status, self._left, self._seconds, self._about, self._failed = 0, 0, 0.0, "", 0
+
+    def control(self, path: str) -> bytes | None:
+        """Returns the answer to a request of the tests themselves; None for another."""
+        parts = path.strip("/").split("/")
+        if parts[0] == "fail":
+            self._status, self._left, self._seconds = int(parts[1]), int(parts[2]), float(parts[3])
+            self._about, self._failed = "".join(parts[4:]), 0
+            return b""
+        return json.dumps(self._failed).encode() if parts[0] == "failed" else None
+
+    def status(self, address: str) -> int:
+        """Returns the status of a request that fails, after its time; 0 = it does not fail."""
+        if not (self._status and self._left and self._about in address):
+            return 0
+        self._left -= 1
+        self._failed += 1
+        time.sleep(self._seconds)
+        return self._status
+
+
 def files_of(directory: pathlib.Path) -> pathlib.Path:
     """Returns the folder of the objects of a `Store(directory)`, as files."""
     return directory / ".cloudstorage" / BUCKET
@@ -92,7 +139,7 @@ def serve(port: int, directory: str) -> None:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: it ends with who started it, between two requests
     one_at_a_time = threading.Lock()
-    asked = {"status": 0, "requests": 0, "seconds": 0.0, "about": "", "failed": 0}
+    failures = Failures()
 
     class Handler(server.RequestHandler):
         def _answer(self, status: int, content: bytes) -> None:
@@ -103,21 +150,12 @@ def serve(port: int, directory: str) -> None:
             self.wfile.write(content)
 
         def _route(self, handle) -> None:
-            parts = self.path.strip("/").split("/")
-            if parts[0] == "fail":
-                about = "".join(parts[4:])
-                asked.update(
-                    status=int(parts[1]), requests=int(parts[2]), seconds=float(parts[3]), about=about, failed=0
-                )
-                self._answer(200, b"")
-            elif parts[0] == "failed":
-                self._answer(200, json.dumps(asked["failed"]).encode())
-            elif asked["status"] and asked["requests"] and asked["about"] in self.path:
-                asked["requests"] -= 1
-                asked["failed"] += 1
-                time.sleep(asked["seconds"])
-                reason = {"error": {"code": asked["status"], "message": "failed on purpose"}}
-                self._answer(asked["status"], json.dumps(reason).encode())
+            answer = failures.control(self.path)
+            if answer is not None:
+                self._answer(200, answer)
+            elif status := failures.status(self.path):
+                reason = {"error": {"code": status, "message": "failed on purpose"}}
+                self._answer(status, json.dumps(reason).encode())
             else:
                 with one_at_a_time:  # its storage in memory is not made for threads
                     if self._fits():
@@ -176,12 +214,55 @@ def serve(port: int, directory: str) -> None:
     )
     made._storage.buckets[BUCKET]["softDeletePolicy"] = {"retentionDurationSeconds": 0}  # what is removed is gone
     made.start()
-    parent = os.getppid()
-    while os.getppid() == parent:  # ends with the test that started it, however that ends
-        time.sleep(1)
+    _await_parent()
     with one_at_a_time:  # what is directory is whole
         os._exit(0)
 
 
+def serve_s3(port: int) -> None:
+    """Runs moto's server, with a thread for each connection."""
+    import logging
+
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    s3_backends[DEFAULT_ACCOUNT_ID]["aws"].create_bucket(BUCKET, "us-east-1")
+    emulated, failures = DomainDispatcherApplication(create_backend_app), Failures()
+
+    def serve(environ, start_response):
+        path = environ["PATH_INFO"]
+        address = f"{path}?{environ['QUERY_STRING']}&{environ['REQUEST_METHOD']}"
+        answer = failures.control(path)
+        if answer is not None:
+            start_response("200 OK", [("Content-Length", str(len(answer)))])
+            return [answer]
+        if status := failures.status(address):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            name = {401: "InvalidToken", 403: "AccessDenied", 503: "ServiceUnavailable"}.get(status, "InternalError")
+            reason = f"<Error><Code>{name}</Code><Message>failed on purpose</Message></Error>".encode()
+            start_response(f"{status} {name}", [("Content-Length", str(len(reason))), ("Content-Type", "text/xml")])
+            return [reason]
+        return emulated(environ, start_response)
+
+    server = make_server("127.0.0.1", port, serve, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    _await_parent()
+    os._exit(0)
+
+
+def _await_parent() -> None:
+    """Returns when the test that started this process is gone, however it ended."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+
+
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), sys.argv[2])
+    if sys.argv[1] == S3Store.scheme:
+        serve_s3(int(sys.argv[2]))
+    else:
+        serve(int(sys.argv[2]), sys.argv[3])

@@ -81,13 +81,13 @@ def test_what_a_run_keeps_is_no_output(tmp_path, known, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("s3://bucket/run", "checkpoints cannot be saved to s3://.*give gs://BUCKET/NAME"),
-        ("gcs://bucket/run", "no way to gcs:// addresses: give gs://BUCKET/NAME"),
+        ("s3:/bucket/run", "written s3://BUCKET/NAME"),
+        ("az://bucket/run", "no way to az:// addresses: give gs://BUCKET/NAME or s3://BUCKET/NAME"),
         ("gs:/bucket/run", "written gs://BUCKET/NAME"),
     ],
 )
 def test_addresses_of_other_stores_are_reported_and_not_made_folders(path, words):
-    """`s3://bucket` would be a folder named `s3:` on every host."""
+    """`az://bucket` would be a folder named `az:` on every host."""
     with pytest.raises(InputError, match=rf"{path}: .*{words}.*\./{path}"):
         expand_path(path)
     assert expand_path(f"./{path}") == f"./{path}" and expand_path("a/b.py:seqpe") == "a/b.py:seqpe"

@@ -112,14 +112,14 @@ def test_an_owner_of_this_machine_that_has_ended_is_not_waited_for(store):
         assert message.startswith(f"taken over from process {ended.pid} on ")
 
 
-def test_of_two_that_lock_a_bucket_at_once_one_is_refused(store, monkeypatch):
+def test_of_two_that_lock_a_bucket_at_once_one_is_refused(any_store, monkeypatch):
     """Both saw no record; the bucket takes the first one alone."""
-    path = files.as_path(store.folder) / OWNER_FILE
+    path = files.as_path(any_store.folder) / OWNER_FILE
     files.atomic_write(path, json.dumps(OTHER_OWNER))
     seen = iter([None])
     read = run_lock.HeartbeatLock.read
     monkeypatch.setattr(run_lock.HeartbeatLock, "read", lambda lock: next(seen, read(lock)))
-    with pytest.raises(InputError, match="is in use by process 7"), lock(store.folder):
+    with pytest.raises(InputError, match="is in use by process 7"), lock(any_store.folder):
         pytest.fail("two owners")
     assert json.loads(path.read_bytes())["id"] == "1"
 

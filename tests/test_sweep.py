@@ -110,8 +110,10 @@ def test_a_killed_sweep_resumes_decides_and_is_reported(commands, text, tmp_path
     assert same.code == 0 and table_of(same.out) == table_of(report.out) and len(table_of(same.out)) == 3
 
 
-def test_a_sweep_in_a_bucket_is_resumed_by_another_machine(commands, store, text, tmp_path):
+@pytest.mark.parametrize("one", ["store", pytest.param("s3_store", marks=pytest.mark.long)], ids=["gs", "s3"])
+def test_a_sweep_in_a_bucket_is_resumed_by_another_machine(commands, one, text, tmp_path, request):
     """This machine holds the logs of runs at work alone; a failed run is executed again on request."""
+    store = request.getfixturevalue(one)
     later, bucket = tmp_path / "later.txt", files.as_path(f"{store.folder}/sweep")
     path = sweep_file(tmp_path, later, "{'variant': ('alibi',)}")
 
@@ -132,7 +134,7 @@ def test_a_sweep_in_a_bucket_is_resumed_by_another_machine(commands, store, text
     assert [line["step"] for line in lines_of(bucket / "alibi") if "train/loss" in line] == [1, 2, 3, 4]
     assert json.loads((bucket / "alibi" / "evaluation.json").read_text())["step"] == 4
     assert len(commands_in_log(bucket / "alibi")) == 3
-    assert not list(tmp_path.glob("gs:*")) and not (ROOT / "gs:").exists()
+    assert not [path for at in (tmp_path, ROOT) for path in at.glob("??:*")]
     output = f"--output={tmp_path / 'r'}"
     report = commands.wait(commands.start("report", f"--workdir={bucket}", output, **store.environment))
     assert report.code == 0 and "| alibi |" in report.out, report.err

@@ -30,7 +30,7 @@ PROCESS_FLAGS = ("coordinator", "num-processes", "process-id", "start-timeout")
 class _PathParser(flags.ArgumentParser):
     """Parser of a path, which must be readable, or writable where the command writes there."""
 
-    syntactic_help = "a path, ~ is the home folder; or gs://BUCKET/NAME"
+    syntactic_help = "a path, ~ is the home folder; or gs://BUCKET/NAME, s3://BUCKET/NAME"
 
     def __init__(self, name: str, writes: str, local: str, allowed: tuple[str, ...]):
         self._name, self._writes, self._local, self._allowed = name, writes, local, allowed

@@ -116,7 +116,7 @@ def read(path: str | os.PathLike, ignored: Collection[str] = ()) -> ForeignCheck
     """Returns the checkpoint at a path, in any of the formats.
 
     Args:
-      path: a folder, a .pth file, or gs://BUCKET/NAME of either.
+      path: a folder, a .pth file, or an address in a bucket of either.
       ignored: fields of a Hugging Face folder's config.json that are passed over.
 
     Raises:

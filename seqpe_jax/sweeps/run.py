@@ -15,7 +15,7 @@ from subprocess import DEVNULL, STDOUT, Popen
 from typing import TypeVar
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import GCS_SCHEME, AnyPath, cache_root, is_remote, lock_file
+from seqpe_jax.files import AnyPath, cache_root, is_remote, lock_file
 from seqpe_jax.run_dir import EVALUATION_FILE, FAILED, LOG_FILE, METRICS_FILE, RunDir
 from seqpe_jax.sweeps.spec import Trial
 
@@ -69,7 +69,7 @@ class SweepRun:
     def log(self) -> pathlib.Path:
         """Log of its commands; for a run in a bucket a local file, uploaded when they have ended."""
         if is_remote(self.folder):
-            return cache_root() / "sweeps" / str(self.folder).removeprefix(GCS_SCHEME) / LOG_FILE
+            return cache_root() / "sweeps" / str(self.folder).removeprefix("gs://").replace("://", "/") / LOG_FILE
         return self.folder / LOG_FILE
 
     @property

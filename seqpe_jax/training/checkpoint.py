@@ -27,6 +27,7 @@ from seqpe_jax.distributed.sharding import abstract_state_with_shardings
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
 from seqpe_jax.files import AnyPath, free_space, is_remote, list_files, remove_dir
 from seqpe_jax.run_dir import CHECKPOINTS_DIR, COMMIT_MARKER, RunDir, best_of, metric_in
+from seqpe_jax.training import orbax_s3
 from seqpe_jax.training.optimizer import averaged_params, is_of_average, make_optimizer
 
 ARRAY_METADATA_BYTES = 4096  # at most
@@ -186,6 +187,7 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(policies),
             create=create,
+            temporary_path_class=orbax_s3.temporary_path_class(self.folder),
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(
                 timeout_secs=save_timeout(size),

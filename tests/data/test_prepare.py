@@ -281,7 +281,7 @@ def test_text_that_the_tokenizer_loses_is_refused_at_once(settings, corpus, tmp_
 
 
 def test_shards_in_a_bucket(settings, store, monkeypatch):
-    from seqpe_jax import gcs
+    from seqpe_jax import buckets
     from seqpe_jax.files import as_path
 
     make(settings, store.folder)
@@ -289,13 +289,13 @@ def test_shards_in_a_bucket(settings, store, monkeypatch):
     with pytest.raises(InputError, match="00001.tokens' is missing"):
         source(settings, prepared=store.folder)
     make(settings, store.folder)
-    read, original = [], gcs.RemotePath.read_range
+    read, original = [], buckets.RemotePath.read_range
 
     def recorded(self, start, stop):
         read.append(stop - start)
         return original(self, start, stop)
 
-    monkeypatch.setattr(gcs.RemotePath, "read_range", recorded)
+    monkeypatch.setattr(buckets.RemotePath, "read_range", recorded)
     found, expected = source(settings, prepared=store.folder), source(settings)
     assert found.fingerprint == expected.fingerprint and not read
     np.testing.assert_array_equal(

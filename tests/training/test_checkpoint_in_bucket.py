@@ -13,7 +13,7 @@ from seqpe_jax import checksums, files
 from seqpe_jax.errors import InputError, StoreError
 from seqpe_jax.files import as_path, list_files
 from seqpe_jax.run_dir import CHECKPOINTS_DIR, COMMIT_MARKER, METRICS_FILE, RunDir
-from seqpe_jax.training import metrics_writer
+from seqpe_jax.training import metrics_writer, orbax_s3
 from seqpe_jax.training.checkpoint import Checkpointer, SaveError
 from seqpe_jax.training.metrics_writer import MetricsWriter
 
@@ -52,11 +52,11 @@ def steps(workdir):
     return sorted(path.name for path in (as_path(workdir) / CHECKPOINTS_DIR).iterdir())
 
 
-def test_what_is_saved_is_restored_and_damage_is_quarantined(store):
-    folder = as_path(store.folder) / CHECKPOINTS_DIR
-    save(store.folder, 2, 4, 6, keep=2)
-    assert steps(store.folder) == ["4", "6"] and RunDir(store.folder).latest_step() == 6
-    step, found = read(store.folder)
+def test_what_is_saved_is_restored_and_damage_is_quarantined(any_store):
+    folder = as_path(any_store.folder) / CHECKPOINTS_DIR
+    save(any_store.folder, 2, 4, 6, keep=2)
+    assert steps(any_store.folder) == ["4", "6"] and RunDir(any_store.folder).latest_step() == 6
+    step, found = read(any_store.folder)
     assert step == 6
     is_of(found, 6)
 
@@ -71,29 +71,29 @@ def test_what_is_saved_is_restored_and_damage_is_quarantined(store):
     largest = max((name for name in listed["files"]), key=lambda name: len(written[name]))
     written[largest] = b"".join([written[largest][:20], bytes([written[largest][20] ^ 1]), written[largest][21:]])
     (folder / "6" / largest).write_bytes(written[largest])
-    assert RunDir(store.folder).latest_step() == 4
-    (words,) = RunDir(store.folder).quarantine()
+    assert RunDir(any_store.folder).latest_step() == 4
+    (words,) = RunDir(any_store.folder).quarantine()
     assert f"6 is damaged ({largest} has changed since it was written): renamed to 6.damaged" in words
     assert {
         str(path.relative_to(folder / "6.damaged")): path.read_bytes() for path in list_files(folder / "6.damaged")
     } == written
-    step, found = read(store.folder)
+    step, found = read(any_store.folder)
     assert step == 4
     is_of(found, 4)
-    save(store.folder, 6, keep=2)
-    assert steps(store.folder) == ["4", "6", "6.damaged"]
-    is_of(read(store.folder)[1], 6)
+    save(any_store.folder, 6, keep=2)
+    assert steps(any_store.folder) == ["4", "6", "6.damaged"]
+    is_of(read(any_store.folder)[1], 6)
 
 
-def test_a_save_that_was_cut_short_is_never_read_and_the_next_takes_its_place(store):
-    folder = as_path(store.folder) / CHECKPOINTS_DIR
-    save(store.folder, 2, 4, keep=2)
+def test_a_save_that_was_cut_short_is_never_read_and_the_next_takes_its_place(any_store):
+    folder = as_path(any_store.folder) / CHECKPOINTS_DIR
+    save(any_store.folder, 2, 4, keep=2)
     for name in (COMMIT_MARKER, checksums.DIGESTS_FILE):
         (folder / "4" / name).unlink()
-    assert RunDir(store.folder).latest_valid_step() == (2, {}) and RunDir(store.folder).quarantine() == []
-    assert read(store.folder)[0] == 2
-    save(store.folder, 4, keep=2)
-    is_of(read(store.folder)[1], 4)
+    assert RunDir(any_store.folder).latest_valid_step() == (2, {}) and RunDir(any_store.folder).quarantine() == []
+    assert read(any_store.folder)[0] == 2
+    save(any_store.folder, 4, keep=2)
+    is_of(read(any_store.folder)[1], 4)
 
 
 def test_a_mark_that_went_missing_is_damage_and_loses_nothing(store):
@@ -122,10 +122,10 @@ def test_a_run_copied_from_a_disk_is_read_and_goes_on(store, tmp_path):
     assert steps(store.folder) == ["4", "6"]
 
 
-def test_a_copy_of_a_run_in_a_store_is_checked_on_a_disk(store, tmp_path):
-    save(store.folder, 2)
-    for path in list_files(as_path(store.folder)):
-        target = tmp_path / path.relative_to(as_path(store.folder))
+def test_a_copy_of_a_run_in_a_store_is_checked_on_a_disk(any_store, tmp_path):
+    save(any_store.folder, 2)
+    for path in list_files(as_path(any_store.folder)):
+        target = tmp_path / path.relative_to(as_path(any_store.folder))
         target.parent.mkdir(parents=True, exist_ok=True)
         path.download(target)
     is_of(read(tmp_path)[1], 2)
@@ -135,22 +135,22 @@ def test_a_copy_of_a_run_in_a_store_is_checked_on_a_disk(store, tmp_path):
         RunDir(tmp_path).latest_step()
 
 
-def test_a_save_that_fails_is_reported_in_one_line_and_the_next_one_may_do(store, capfd, caplog):
-    save(store.folder, 2)
-    checkpoints = Checkpointer(store.folder)
-    for about in ("upload", "ocdbt"):
-        store.fail(403, about=about)
+def test_a_save_that_fails_is_reported_in_one_line_and_the_next_one_may_do(any_store, capfd, caplog):
+    save(any_store.folder, 2)
+    checkpoints = Checkpointer(any_store.folder)
+    for about in ("upload" if any_store.scheme == "gs://" else "PUT", "ocdbt"):
+        any_store.fail(403, about=about)
         with pytest.raises(SaveError, match=r"the save of step 4 failed \(.*failed on purpose") as caught:
             checkpoints.save(4, state(4), {"seconds": 4.0})
             checkpoints.wait()
         assert len(str(caught.value).splitlines()) == 1
-        store.fail(0)
-        assert RunDir(store.folder).latest_step() == 2
+        any_store.fail(0)
+        assert RunDir(any_store.folder).latest_step() == 2
     assert checkpoints.failed == 2
     checkpoints.save(6, state(6), {"seconds": 6.0})
     checkpoints.close()
-    assert "6" in steps(store.folder) and checkpoints.failed == 0
-    is_of(read(store.folder)[1], 6)
+    assert "6" in steps(any_store.folder) and checkpoints.failed == 0
+    is_of(read(any_store.folder)[1], 6)
     said = capfd.readouterr().err
     assert "Traceback" not in said and not any(record.exc_info for record in caplog.records), said
 
@@ -211,3 +211,12 @@ def test_errors_of_arrays_after_a_failed_save_are_not_printed(tmp_path, monkeypa
     monkeypatch.setattr(sys, "unraisablehook", before)
     Checkpointer(tmp_path, create=False).close()
     assert sys.unraisablehook is before
+
+
+def test_an_orbax_that_makes_its_arguments_elsewhere_is_refused_for_s3_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_s3, "FUNCTION", "gone")
+    orbax_s3.enable.cache_clear()
+    with pytest.raises(InputError, match="cannot be saved to s3:// with orbax-checkpoint .*give gs://BUCKET/NAME"):
+        orbax_s3.temporary_path_class("s3://runs/a/checkpoints")
+    for path in ("gs://runs/a", str(tmp_path)):
+        assert orbax_s3.temporary_path_class(path) is None

@@ -42,8 +42,10 @@ def good(commands: Commands, store: Store, name: str, *arguments: str) -> str:
     return result.out
 
 
-def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tmp_path):
+@pytest.mark.parametrize("one", ["store", pytest.param("s3_store", marks=pytest.mark.long)], ids=["gs", "s3"])
+def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, one, text, tmp_path, request):
     """Metrics and parameters are bit-equal to those of a run on a disk; then evaluated, reported and exported there."""
+    store = request.getfixturevalue(one)
     disk, bucket = tmp_path / "run", files.as_path(f"{store.folder}/run")
     good(commands, store, "train", *train_arguments(disk, text, **FIELDS))
 
@@ -78,7 +80,7 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tm
 
 
 def test_bad_addresses_are_refused_in_one_line(commands, store, text):
-    """Other addresses: tests/test_gcs.py and tests/test_files.py."""
+    """Other addresses: tests/test_buckets.py and tests/test_files.py."""
     train = train_arguments(f"{store.folder}/run", text)
     for name, arguments, words in (
         (

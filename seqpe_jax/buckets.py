@@ -1,8 +1,8 @@
-"""Paths in Google Cloud Storage, gs://BUCKET/NAME, with the methods of `pathlib.Path`; `files` serves these and local paths.
+"""Paths in object stores, gs://BUCKET/NAME or s3://BUCKET/NAME, with the methods of `pathlib.Path`; `files` serves these and local paths.
 
 A bucket has objects, no files: each is written at once, nothing is appended, renamed or locked, and a folder exists as long
 as an object's name begins with it. etils' `epath.Path`, the base class, lacks what is defined here: errors as one line, the
-generation of an object, creation only if it does not exist, and listings of all objects of a folder.
+version of an object, creation only if it does not exist, and listings of all objects of a folder.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import errno
 import functools
 import importlib.util
 import io
-import logging
 import os
 import re
 import uuid
@@ -21,9 +20,7 @@ import fsspec
 from etils.epath import gpath
 
 from seqpe_jax.errors import InputError, StoreError
-
-CONNECT_SECONDS = 20.0  # until gcsfs retries; it tries six times in all
-READ_SECONDS = 60.0  # likewise
+from seqpe_jax.stores import STORES, Store
 
 
 def _converts_errors(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,13 +40,22 @@ class RemotePath(gpath.PosixGPath):
     """A path in a bucket; `str` gives its address. Methods raise FileNotFoundError or `StoreError`."""
 
     @property
+    def store(self) -> Store:
+        """The store that the bucket is in."""
+        return STORES[f"{self.parts[1]}://"]
+
+    @property
+    def bucket(self) -> str:
+        """The name of the bucket."""
+        return self.parts[2]
+
+    @property
     def _fs(self) -> fsspec.AbstractFileSystem:
-        # As Orbax opens it, so that both share one.
-        return fsspec.filesystem("gcs", finalize_on_close=True)
+        return self.store.file_system()
 
     @_converts_errors
     def info(self) -> dict[str, Any]:
-        """Returns the metadata of an object: size, md5Hash, generation and more."""
+        """Returns the metadata of an object: type, size and what the store adds."""
         return self._fs.info(str(self))
 
     def _type(self) -> str:
@@ -85,14 +91,19 @@ class RemotePath(gpath.PosixGPath):
     @_converts_errors
     def list_files(self) -> list[Self]:
         """Returns all objects of a folder and its subfolders, sorted."""
-        return [type(self)(f"gs://{name}") for name in sorted(self._fs.find(str(self)))]
+        return [type(self)(self.store.scheme + name) for name in sorted(self._fs.find(str(self)))]
 
     @_converts_errors
-    def file_versions(self) -> tuple[tuple[str, int, int], ...]:
-        """Returns (name in the folder, bytes, generation) of all objects of a folder and its subfolders, sorted."""
-        start = len(str(self)) - len("gs://") + 1
+    def file_versions(self) -> tuple[tuple[str, int, Any], ...]:
+        """Returns (name in the folder, bytes, version) of all objects of a folder and its subfolders, sorted."""
+        start = len(str(self)) - len(self.store.scheme) + 1
         objects = self._fs.find(str(self), detail=True).items()
-        return tuple(sorted((name[start:], int(info["size"]), int(info["generation"])) for name, info in objects))
+        return tuple(sorted((name[start:], int(info["size"]), self.store.version(info)) for name, info in objects))
+
+    @_converts_errors
+    def md5(self) -> str:
+        """Returns the MD5 of an object in base64, as the store holds it; "" if it holds none."""
+        return self.store.md5(str(self))
 
     @_converts_errors
     def read_bytes(self) -> bytes:
@@ -125,7 +136,7 @@ class RemotePath(gpath.PosixGPath):
     @_converts_errors
     def upload(self, file: str | os.PathLike) -> None:
         """Writes a local file's content to an object."""
-        self._fs.put_file(os.fspath(file), str(self))
+        self.store.upload(os.fspath(file), str(self))
 
     @_converts_errors
     def download(self, file: str | os.PathLike) -> None:
@@ -165,46 +176,38 @@ class RemotePath(gpath.PosixGPath):
         return self
 
 
-@functools.cache
-def _configure_gcsfs() -> None:
-    """Sets timeouts and silences the logger, for all users of gcsfs in this process."""
-    import aiohttp  # a dependency of gcsfs
-
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)  # it logs what it raises
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
-    # Listings are not cached: other processes write there, and so do other libraries in this one.
-    fsspec.config.conf.setdefault("gcs", {"use_listings_cache": False, "requests_timeout": timeout})
-
-
 def check_address(address: str) -> str:
-    """Returns a normalized gs:// address.
+    """Returns a normalized address in a bucket.
 
     Raises:
-      InputError: it names no bucket, or gcsfs is not installed.
+      InputError: it names no bucket, or the library for its store is not installed.
     """
-    match = re.fullmatch(r"gs://+([^/]+)(/.*)?", address)
+    scheme = next(scheme for scheme in STORES if address.startswith(scheme))
+    store = STORES[scheme]
+    match = re.fullmatch(r"/*([^/]+)(/.*)?", address.removeprefix(scheme))
     if not match or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", match[1]):
         raise InputError(
-            f"{address} names no bucket: expected gs://BUCKET/NAME, with small letters in the bucket's name"
+            f"{address} names no bucket: expected {scheme}BUCKET/NAME, with small letters in the bucket's name"
         )
-    if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(f"{address} is in Google Cloud Storage, for which a library is missing: pip install gcsfs")
-    _configure_gcsfs()
+    if importlib.util.find_spec(store.library) is None:
+        raise InputError(f"{address} is in {store.title}, for which a library is missing: pip install {store.library}")
+    store.configure()
     parts = [part for part in (match[2] or "").split("/") if part not in ("", ".")]
     if ".." in parts:
         raise InputError(f"{address}: a bucket has no parent folder ('..'): write the path out")
-    return "/".join(["gs:/", match[1], *parts])
+    return "/".join([scheme.removesuffix("/"), match[1], *parts])
 
 
 def check_bucket(path: RemotePath, option: str) -> None:
     """Refuses a path in a bucket that does not exist or that this user cannot read. Raises: InputError."""
-    bucket = path.parts[2]
     try:
-        path._fs.call("GET", "b/{}/o", bucket, maxResults=1)
+        path.store.require_bucket(path.bucket)
     except Exception as error:
         reason = _as_os_error(error, path)
         if isinstance(reason, FileNotFoundError):
-            raise InputError(f"{option}={path}: there is no bucket '{bucket}'; make it, or name another") from error
+            raise InputError(
+                f"{option}={path}: there is no bucket '{path.bucket}'; make it, or name another"
+            ) from error
         raise InputError(f"{option}={path} cannot be read: {reason.strerror}") from error
 
 
@@ -241,12 +244,12 @@ def _as_os_error(error: Exception, path: RemotePath) -> OSError:
     """The same error as an OSError that names the path and, in `strerror`, the reason."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    if isinstance(error, FileExistsError):
+    if path.store.exists_already(error):
         return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     message = " ".join(str(error).split()) or type(error).__name__
-    denied = getattr(error, "code", None) in (401, 403) or message.startswith("Forbidden")
-    if denied or type(error).__module__.startswith("google.auth"):
-        reason = f"access denied ({message[:200]}): log in (gcloud auth application-default login) or ask its owner"
+    denied = path.store.is_denied(error)
+    if denied:
+        reason = f"access denied ({message[:200]}): {path.store.access}"
     else:
         reason = f"the request failed ({type(error).__name__}: {message[:200]}), also when repeated"
     return StoreError(errno.EACCES if denied else errno.EIO, reason, str(path))
