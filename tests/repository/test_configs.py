@@ -33,18 +33,14 @@ def page(path: pathlib.Path):
 
 IMAGES = [path for path in CONFIGS if path.stem.endswith("_vit")]
 FORMS = {path: page(path).FORMS for path in CONFIGS if hasattr(page(path), "FORMS")}
-# Configs that take two steps, and those whose step is only traced: they differ from these in sizes and data, or in the
-# encoding alone, which tests/encodings train.
-RUN = (
-    "stdlib_lm:seqpe",
-    "stdlib_lm:rotary",
-    "stdlib_qa:seqpe",
-    "moving_digits_vit:seqpe",
-    "imagenet_vit:seqpe_extended",
-)
+# Configs that take two steps, every day or with -m long, and those whose step is traced: they differ from these in sizes
+# and data, or in the encoding alone, which tests/encodings train. Steps of questions, images and videos with these losses
+# are taken by test_equal_steps.py, tests/training/test_step.py and test_image_commands.py as well.
+RUN = ("stdlib_lm:seqpe", "stdlib_lm:rotary")
+RUN_LONG = ("stdlib_qa:seqpe", "moving_digits_vit:seqpe", "imagenet_vit:seqpe_extended")
 RUN_FAST = RUN[:1]
 TRACED = [f"{path.stem}:seqpe" for path in CONFIGS if f"{path.stem}:seqpe" not in RUN]
-TRACED += ["digits_vit:rotary_mixed", "wikitext103_gpt2:seqpe_extended"]
+TRACED += ["imagenet_vit:seqpe_extended", "digits_vit:rotary_mixed", "wikitext103_gpt2:seqpe_extended"]
 
 # Sizes only: what a config computes stays its own.
 SHRUNKEN = {
@@ -313,7 +309,11 @@ def shrunken(name, folder):
     return config.load(path, values)
 
 
-@pytest.mark.parametrize("name", [pytest.param(one, marks=() if one in RUN_FAST else pytest.mark.slow) for one in RUN])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=() if one in RUN_FAST else pytest.mark.slow) for one in RUN]
+    + [pytest.param(one, marks=pytest.mark.long) for one in RUN_LONG],
+)
 def test_a_variant_takes_two_steps(name, tmp_path, monkeypatch, one_device):
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     settings = shrunken(name, tmp_path)
@@ -341,7 +341,7 @@ def test_the_step_of_a_variant_is_traced(name, tmp_path, monkeypatch, one_device
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["s16", "b16", "b16-rotary_mixed"])
 def test_imagenet_has_the_parameters_of_the_paper(variant, tmp_path, monkeypatch):
-    """At full size; the step of the paper's model is traced as well."""
+    """At full size; `test_the_step_of_a_variant_is_traced` traces its step."""
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     data = {"data.name": "image_folder", "data.paths": (str(photos(tmp_path / "photos")),), "model.classes": 1000}
     settings = config.load(f"{ROOT}/configs/imagenet_vit.py:{variant}", data)
@@ -354,7 +354,3 @@ def test_imagenet_has_the_parameters_of_the_paper(variant, tmp_path, monkeypatch
             sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(encoding[part])) for part in ("qk_map", "encoder")
         )
         assert 3.5e6 < maps < 3.6e6 and 3.6e6 < encoder < 3.8e6  # as the paper's ViT-S: 3.5 M and 3.7 M
-        images = jax.ShapeDtypeStruct((settings.batch_size, 224, 224, 3), np.float32)
-        labels = jax.ShapeDtypeStruct((settings.batch_size,), np.int32)
-        _, metrics = jax.eval_shape(parts.jit_train_step(), parts.abstract_state, {"images": images, "labels": labels})
-        assert metrics["loss"].shape == ()

@@ -105,7 +105,8 @@ def refuses(model, words, **request):
 def test_videos_are_evaluated_at_more_frames(few_examples, tmp_path):
     workdir = tmp_path / "run"
     fields = {"data.size": (4, 16, 16), "model.patch": (2, 8, 8), "eval.sizes": (16,), "eval.frames": (4, 8)}
-    settings = config.load("configs/moving_digits_vit.py", PLAIN | fields | {"encoding.rotary_pairs": 3})
+    fields |= {"encoding.rotary_pairs": 3, "model.layers": 1}
+    settings = config.load("configs/moving_digits_vit.py", PLAIN | fields)
     train_and_evaluate(settings, workdir)
     assert {"eval/top1@4x16x16", "eval/top1@8x16x16"} <= metric_names(workdir)
     model = open_model(workdir)

@@ -125,7 +125,9 @@ def count_rows(settings):
     return sum(-(-count // 8) for count in [terms.shift.sets * places, *samples])
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param({"data": 8}, marks=pytest.mark.long), {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
 def test_meshes_equal_one_device(with_offsets, single, sizes, monkeypatch):
     levels, build_trie = [], digit_encoder.build_trie
     noted = lambda digits, base, sizes: levels.append(sizes) or build_trie(digits, base, sizes)  # noqa: E731
@@ -184,13 +186,24 @@ def test_one_compilation_serves_perturbed_and_other_steps(single):
     assert all(value == 0.0 for value in seen[1.0]) and all(value > 0.0 for value in seen[0.0])
 
 
-def test_bfloat16_arithmetic_follows_the_plain_step(with_offsets, single):
+def in_bfloat16(settings):
+    return dataclasses.replace(settings, precision=dataclasses.replace(settings.precision, compute="bfloat16"))
+
+
+def test_a_step_in_bfloat16_keeps_a_float32_state(with_offsets):
     """Parameters, optimizer state and loss are float32; arithmetic has eight bits."""
-    half = dataclasses.replace(with_offsets, precision=dataclasses.replace(with_offsets.precision, compute="bfloat16"))
-    found = run(half, jax.devices()[:1], single.before)
-    assert "bf16[" in found.compiled.as_text() and "bf16[" not in single.compiled.as_text()
-    floats = [leaf.dtype for leaf in jax.tree.leaves(found.after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    assert set(floats) == {jnp.dtype("float32")}
+    parts = Trainer.of(in_bfloat16(with_offsets), jax.devices()[:1])
+    traced = parts.jit_train_step().trace(parts.abstract_state, batch_of(parts, 0))
+    state, metrics = traced.out_info
+    floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {metrics["loss"].dtype, *floats} == {jnp.dtype("float32")} and ":bf16[" in str(traced.jaxpr)
+
+
+@pytest.mark.long
+def test_bfloat16_arithmetic_follows_the_plain_step(with_offsets, single):
+    """The same of a model without the losses: tests/models/test_decoder.py."""
+    found = run(in_bfloat16(with_offsets), jax.devices()[:1], single.before)
+    assert "bf16[" not in single.compiled.as_text()
     assert 0 < np.abs(found.losses - single.losses).max() < 1e-2
     trees = (single.before.params, single.params, found.params)
     for first, plain, other in zip(*map(jax.tree.leaves, trees), strict=True):
