@@ -60,6 +60,10 @@ METRICS = {
         _percent("f1", "F1 in percent"),
         Metric("answer_perplexity", "Perplexity of the answers", while_training=False),
     ),
+    "sequences": (
+        _percent("accuracy", "Right outputs in percent"),
+        _percent("exact_match", "Inputs with all outputs right, in percent"),
+    ),
     "images": (
         _percent("top1", "Top-1 accuracy in percent"),
         _percent("top5", "Top-5 accuracy in percent"),
@@ -78,6 +82,6 @@ def training_metrics(data_kind: str) -> tuple[str, ...]:
     """Returns the names of the metrics that evaluations during training report, the loss first.
 
     Args:
-      data_kind: "text", "questions" or "images".
+      data_kind: "text", "questions", "sequences" or "images".
     """
     return (LOSS.name, *(metric.name for metric in METRICS[data_kind] if metric.while_training))

@@ -70,6 +70,7 @@ from seqpe_jax.config.validate import (
     MAX_POSITION_UNITS,
     check_overrides_used,
     check_positions,
+    check_random_positions,
     check_size,
     profile_window,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "apply_renames",
     "check_overrides_used",
     "check_positions",
+    "check_random_positions",
     "check_size",
     "defaults",
     "difference",

@@ -828,11 +828,41 @@ class LearnedConfig(_WithOptionalRoPE, _WithForgetGate):
 
     kind: str = _kind("learned")
     init_std: float = _field(0.02, "standard deviation of initial weights", **limits.STD)
+    table_length: int = _field(
+        0,
+        "text: entries of the table, of which objective.shift and objective.skip train those past a window; 0 = the training "
+        "window's",
+        **limits.OPTIONAL_LENGTH,
+    )
+
+    @property
+    def max_position(self) -> int:  # type: ignore[override]  # others have a field
+        """Training draws positions below it."""
+        return self.table_length or EncodingConfig.max_position
 
     @property
     def window_dependence(self) -> str:
         """The kind: a longer window interpolates the table."""
         return "encoding.kind='learned'"
+
+    def one_signal_until(self, trained: int) -> int:
+        """Returns the entries of the table."""
+        return max(trained, self.table_length)
+
+    def check(self, axes: int) -> None:
+        """Refuses a longer table of a grid. Raises: InputError: names the field."""
+        super().check(axes)
+        if self.table_length and axes > 1:
+            raise InputError(f"encoding.table_length={self.table_length} is for text: on images set it to 0")
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses a table that is shorter than the training window. Raises: InputError: names the field."""
+        super().check_dims(dims)
+        if 0 < self.table_length < dims.num_positions:
+            raise InputError(
+                f"encoding.table_length={self.table_length} is less than the {dims.num_positions} positions of a training "
+                "window: raise it, or set it to 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

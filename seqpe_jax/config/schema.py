@@ -13,7 +13,15 @@ from seqpe_jax.config.encodings import CompatConfig, EncodingConfig, ModelDims, 
 from seqpe_jax.config.limits import field as _field
 from seqpe_jax.config.limits import section as _section
 from seqpe_jax.data import registry
-from seqpe_jax.data.registry import DATA_IMAGE, DATA_QA, DATA_TEXT, IMAGE_LIKE, TEXT_LIKE
+from seqpe_jax.data.registry import (
+    DATA_IMAGE,
+    DATA_QA,
+    DATA_SEQUENCES,
+    DATA_TEXT,
+    IMAGE_LIKE,
+    TEXT_LIKE,
+    TOKENIZED,
+)
 
 Kind = Literal[
     "gpt2", "vit", "decoder", "llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gpt_neox", "granite"
@@ -53,12 +61,28 @@ class DataConfig:
         path=True,
         of=(DATA_TEXT, DATA_IMAGE),
     )
-    length: int = _field(512, "tokens of a training window, or of prompt and answer", **limits.LENGTH, of=TEXT_LIKE)
+    length: int = _field(
+        512,
+        "tokens of a training window, or of prompt and answer; algorithmic: the longest input, whose lengths begin at 1",
+        **limits.LENGTH,
+        of=TEXT_LIKE,
+    )
+    task: str = _field(
+        "parity_check",
+        "algorithmic: the task (docs/data.md)",
+        choices=lambda: tuple(registry.ALGORITHMIC_TASKS),
+        of=(DATA_SEQUENCES,),
+    )
+    form: Literal["decoder", "encoder"] = _field(
+        "decoder",
+        "algorithmic: outputs follow their input from left to right, or are read at blanks by attention in both directions",
+        of=(DATA_SEQUENCES,),
+    )
     tokenizer: str = _field(
         "bytes",
         "'bytes', 'bytes_eos' (byte 255 ends a text), or path of a Hugging Face tokenizer.json",
         path=True,
-        of=TEXT_LIKE,
+        of=TOKENIZED,
     )
     packing: Literal["concatenated", "documents"] = _field(
         "concatenated",
@@ -76,7 +100,7 @@ class DataConfig:
         "text", "text: field of a record that holds its text; a.b = field b of field a", of=(DATA_TEXT,)
     )
     raw: bool = _field(False, "text_files: read files of JSON records as they are", of=(DATA_TEXT,))
-    lossy_tokenizer: bool = _field(False, "accept text that does not come back from its tokens", of=TEXT_LIKE)
+    lossy_tokenizer: bool = _field(False, "accept text that does not come back from its tokens", of=TOKENIZED)
     prompt_weight: float = _field(0.0, "weight of the context's tokens in the loss", **limits.FRACTION, of=(DATA_QA,))
     question_weight: float = _field(
         0.0, "weight of the question's tokens in the loss", **limits.FRACTION, of=(DATA_QA,)
@@ -281,7 +305,14 @@ class SkipConfig:
     """Skip-wise positions (PoSE, arXiv 2309.10400): windows cut into chunks with random gaps between."""
 
     rate: float = _field(0.0, "probability that a step has gaps", **limits.FRACTION)
-    chunks: int = _field(2, "chunks of a window", low=2, high=2**20)
+    chunks: int = _field(
+        2,
+        "chunks of a window; 0 = each token is one, and the first is moved too: random positions in rising order (Ruoss et "
+        "al. 2023, arXiv 2305.16843)",
+        zero=True,
+        low=2,
+        high=2**20,
+    )
     range: int = _field(0, "positions that the chunks spread over; 0 = encoding.max_position", **limits.UNITS)
 
 
@@ -401,7 +432,7 @@ class EvalConfig:
     frames: tuple[int, ...] = _field(
         (), "videos: frames at each of eval.sizes; () = as in training", **limits.IMAGE_SIZE, of=IMAGE_LIKE
     )
-    tokens: int = _field(0, "tokens scored per length, at most; 0 = the whole split", low=0, high=2**40, of=TEXT_LIKE)
+    tokens: int = _field(0, "tokens scored per length, at most; 0 = the whole split", low=0, high=2**40, of=TOKENIZED)
     contexts: tuple[int, ...] = _field(
         (),
         "`evaluate` alone: score the same tokens with so many tokens of context; () = no",
@@ -413,7 +444,17 @@ class EvalConfig:
         0, "targets of a window of eval.contexts; 0 = half of the smallest", **limits.OPTIONAL_LENGTH, of=(DATA_TEXT,)
     )
     targets: int = _field(16384, "tokens scored under each of eval.contexts, at most", **limits.LENGTH, of=(DATA_TEXT,))
-    examples: int = _field(0, "questions asked, at most; 0 = the whole split", **limits.UNITS, of=(DATA_QA,))
+    examples: int = _field(
+        0,
+        "questions asked, at most, 0 = the whole split; algorithmic: examples of each of eval.lengths, 0 = 512",
+        **limits.UNITS,
+        of=(DATA_QA, DATA_SEQUENCES),
+    )
+    positions: Literal["consecutive", "random"] = _field(
+        "consecutive",
+        "algorithmic: random positions in rising order, as objective.skip.chunks=0 trains them, in evaluations too",
+        of=(DATA_SEQUENCES,),
+    )
     new_tokens: int = _field(16, "tokens generated for an answer, at most", **limits.LENGTH, of=(DATA_QA,))
     batch_tokens: int = _field(16384, "tokens or patches of an evaluation batch", low=1, high=2**28)
 
@@ -528,9 +569,19 @@ class Config:
         return self.data_kind == DATA_QA
 
     @property
+    def is_sequences(self) -> bool:
+        """True for algorithmic tasks."""
+        return self.data_kind == DATA_SEQUENCES
+
+    @property
+    def is_causal(self) -> bool:
+        """True where tokens attend to those before them alone."""
+        return not (self.is_image or (self.is_sequences and self.data.form == "encoder"))
+
+    @property
     def grid(self) -> tuple[int, ...]:
-        """Positions of a training example along each axis: (length,), or the patches of an image."""
-        return self.grid_of(self.data.size) if self.is_image else (self.data.length,)
+        """Positions of a training example along each axis: (tokens of its window,), or the patches of an image."""
+        return self.grid_of(self.data.size) if self.is_image else (self.window_of(self.data.length),)
 
     @property
     def dims(self) -> ModelDims:
@@ -544,6 +595,10 @@ class Config:
             prefix_tokens=1 + self.model.registers if self.is_image else 0,
             compat=self.compat,
         )
+
+    def window_of(self, length: int) -> int:
+        """Returns the tokens of a window of text of a length: of an algorithmic task, its input with its output."""
+        return registry.window_of_task(self.data.task, self.data.form, length) if self.is_sequences else length
 
     def grid_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the patches along each axis of an image or video of this size in pixels."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from seqpe_jax.config.decoder_presets import TEXT_KINDS
-from seqpe_jax.config.encodings import ENCODINGS, SeqPEConfig, kinds_for
+from seqpe_jax.config.encodings import ENCODINGS, LearnedConfig, SeqPEConfig, kinds_for
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, OptimizerConfig
 from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError
@@ -80,8 +80,8 @@ def check_positions(config: Config, length: int, source: str, *, training: bool 
     """
     encoding = config.encoding
     if encoding.resize == "interpolate":
-        _check_resolution(config, (length,), (config.data.length,), (1,), source)
-        length = config.data.length  # interpolated positions stay within those of training
+        _check_resolution(config, (length,), config.grid, (1,), source)
+        length = config.grid[0]  # interpolated positions stay within those of training
     if not isinstance(encoding, SeqPEConfig):
         return
     count, limit, field = _num_positions(encoding, training)
@@ -227,9 +227,10 @@ def _check_real_positions(config: Config) -> None:
 def _check_drawn_positions(config: Config) -> None:
     """Raises InputError if shifted or skip-wise windows do not fit into the positions."""
     encoding, shift, skip, side = config.encoding, config.objective.shift, config.objective.skip, max(config.grid)
-    if not encoding.has("max_position") and (shift.rate or skip.rate):
+    if isinstance(encoding, LearnedConfig) and not encoding.table_length and (shift.rate or skip.rate):
         raise InputError(
-            "a learned table has entries for the training positions alone: set objective.shift.rate and skip.rate to 0"
+            "a learned table has entries for the training positions alone: set objective.shift.rate and skip.rate to 0, or "
+            "encoding.table_length to the positions that are drawn"
         )
     if shift.rate + skip.rate > 1:
         raise InputError("objective.shift.rate + objective.skip.rate must be at most 1: a step is shifted or skipped")
@@ -253,16 +254,55 @@ def _check_text(config: Config) -> None:
             f"model.kind='vit' reads images, but data.name='{data.name}' is text: choose one of {', '.join(TEXT_KINDS)}"
         )
     config.encoding.check(axes=1)
-    check_positions(config, data.length, "data.length", training=True)
+    check_positions(config, config.grid[0], "data.length" + _OF_WINDOW * config.is_sequences, training=True)
     for length in config.eval.lengths:
         if length < 1:
             raise InputError(f"eval.lengths must be positive, got {length}")
-        check_positions(config, length, "eval.lengths")
+        check_positions(config, config.window_of(length), "eval.lengths" + _OF_WINDOW * config.is_sequences)
     _check_contexts(config)
+    _check_sequences(config)
     if not config.is_qa and (data.prompt_weight or data.question_weight):
         raise InputError(
             f"data.prompt_weight and data.question_weight are for questions, and data.name='{data.name}' is text: "
             "set them to 0"
+        )
+
+
+_OF_WINDOW = " with its output, in all"
+
+
+def _check_sequences(config: Config) -> None:
+    """Raises InputError if attention in both directions meets parts for one, or evaluations draw positions that there are not."""
+    data, encoding = config.data, config.encoding
+    if not config.is_causal:
+        others = ", ".join(kind for kind in kinds_for(1) if not ENCODINGS[kind].CAUSAL_ONLY)
+        if encoding.CAUSAL_ONLY or encoding.gate != "none":
+            raise InputError(
+                f"data.form='{data.form}' attends in both directions, and the encoding '{encoding.name}' needs causal order: "
+                f"choose one of {others} without a gate, or data.form='decoder'"
+            )
+        if config.model.window:
+            raise InputError(
+                f"data.form='{data.form}' attends in both directions, and model.window={config.model.window} is of causal "
+                "attention: set it to 0"
+            )
+    if config.eval.positions == "random":
+        if not encoding.knows_positions:
+            raise InputError(
+                f"eval.positions='random' draws positions, and encoding.kind='{encoding.kind}' has none: leave it at "
+                "'consecutive'"
+            )
+        for length in (*config.eval.lengths, data.length):
+            check_random_positions(config, config.window_of(length))
+
+
+def check_random_positions(config: Config, window: int) -> None:
+    """Raises InputError if there are fewer positions to draw from than tokens of a window."""
+    drawn = config.objective.skip.range or config.encoding.max_position
+    if window > drawn:
+        raise InputError(
+            f"eval.positions='random' draws the {window} positions of a window from {drawn}: raise objective.skip.range or "
+            "encoding.max_position (of a learned table encoding.table_length), or evaluate shorter inputs"
         )
 
 

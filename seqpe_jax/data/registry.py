@@ -5,24 +5,65 @@ A new data set is one builder class and one `register(Dataset(...))`; docs/exten
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from seqpe_jax.errors import InputError, suggest
 
-Kind = Literal["text", "questions", "images"]
+Kind = Literal["text", "questions", "sequences", "images"]
 
 # Kinds of data; `of` of a config field names those whose runs read it.
 DATA_TEXT: Kind = "text"
 DATA_QA: Kind = "questions"
+DATA_SEQUENCES: Kind = "sequences"
 DATA_IMAGE: Kind = "images"
-TEXT_LIKE = (DATA_TEXT, DATA_QA)  # read as tokens
+TOKENIZED = (DATA_TEXT, DATA_QA)  # text that a tokenizer reads
+TEXT_LIKE = (*TOKENIZED, DATA_SEQUENCES)  # read as tokens
 IMAGE_LIKE = (DATA_IMAGE,)  # read as pixels; videos are among them
 
 # Unit in which the throughput of a run is counted, by kind of data.
-COUNT_NAMES: dict[str, str] = {DATA_TEXT: "tokens", DATA_QA: "tokens", DATA_IMAGE: "images"}
+COUNT_NAMES: dict[str, str] = dict.fromkeys(TEXT_LIKE, "tokens") | {DATA_IMAGE: "images"}
 # Data set that reads a user's own files, by kind of data.
-OWN_FILES: dict[str, str] = {DATA_TEXT: "text", DATA_QA: "squad_long", DATA_IMAGE: "image_folder"}
+OWN_FILES: dict[str, str] = {
+    DATA_TEXT: "text",
+    DATA_QA: "squad_long",
+    DATA_SEQUENCES: "qa_jsonl",
+    DATA_IMAGE: "image_folder",
+}
+
+# Task of data.name='algorithmic' -> symbols of its input and, at most, of its output, at a length.
+ALGORITHMIC_TASKS: dict[str, tuple[Callable[[int], int], Callable[[int], int]]] = {
+    "even_pairs": (lambda n: n, lambda n: 1),
+    "modular_arithmetic": (lambda n: n - 1 + n % 2, lambda n: 1),
+    "parity_check": (lambda n: n, lambda n: 1),
+    "cycle_navigation": (lambda n: n, lambda n: 1),
+    "stack_manipulation": (lambda n: n, lambda n: n + 1),
+    "reverse_string": (lambda n: n, lambda n: n),
+    "modular_arithmetic_brackets": (lambda n: n, lambda n: 1),
+    "solve_equation": (lambda n: n, lambda n: 1),
+    "duplicate_string": (lambda n: n, lambda n: 2 * n),
+    "missing_duplicate": (lambda n: n, lambda n: 1),
+    "odds_first": (lambda n: n, lambda n: n),
+    "binary_addition": (lambda n: n, lambda n: n + 1),
+    "binary_multiplication": (lambda n: n, lambda n: n),
+    "compute_sqrt": (lambda n: n, lambda n: (n + 1) // 2),
+    "bucket_sort": (lambda n: n, lambda n: n),
+    "copy": (lambda n: n, lambda n: n),
+    "addition": (lambda n: 2 * n + 1, lambda n: n + 1),
+    "sorting": (lambda n: n, lambda n: n),
+}
+
+
+def window_of_task(task: str, form: str, length: int) -> int:
+    """Returns the tokens of a window that holds an algorithmic example of a length.
+
+    Args:
+      task: one of `ALGORITHMIC_TASKS`.
+      form: "encoder", with blanks in place of outputs, or "decoder", with a separator before the outputs.
+      length: length of the task.
+    """
+    given, output = (symbols(length) for symbols in ALGORITHMIC_TASKS[task])
+    return given + output + (form == "decoder")
 
 # Per channel in 0..1, of ImageNet's training photos: the usual normalization of photos.
 PHOTO_MEAN = (0.485, 0.456, 0.406)
@@ -35,8 +76,8 @@ class Dataset:
 
     Attributes:
       name: value of `data.name`.
-      kind: "text", "questions" or "images"; it decides the task.
-      builder: "MODULE:CLASS" that reads the data: a `TextBuilder`, `QABuilder` or `ImageBuilder`.
+      kind: "text", "questions", "sequences" or "images"; it decides the task.
+      builder: "MODULE:CLASS" that reads the data: a `TextBuilder`, `QABuilder` or `ImageBuilder`; or makes it.
       paths: use of `data.paths`: "none", "optional", "one" (exactly one) or "some" (at least one).
       paths_hint: description of `data.paths` for messages, for data sets that need it.
       answers: kind of the answers to questions, "prose" (scored with SQuAD's normalization), "code" (compared strictly) or "any" (all
@@ -198,6 +239,15 @@ register(
             '{"index": 0, "input": "... Question: ... Answer:", "outputs": ["an answer"]}'
         ),
         answers="any",  # nobody knows whether a user's answers are code
+    )
+)
+register(
+    Dataset(
+        "algorithmic",
+        DATA_SEQUENCES,
+        f"{_FOLDER}.algorithmic:Algorithmic",
+        paths="none",
+        options=("task", "form"),
     )
 )
 register(

@@ -89,6 +89,7 @@ class Learned(nn.Module):
           InputError: the table has another number of axes.
         """
         axes, sides, prefix, width = positions_PLA.shape[-1], self.dims.grid, self.dims.prefix_tokens, self.dims.width
+        sides = (self.config.table_length,) if self.config.table_length else sides
         if axes != len(sides):
             raise InputError(
                 f"encoding.kind='learned' has a table of {len(sides)} axes and cannot read {axes} coordinates"

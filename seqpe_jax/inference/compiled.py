@@ -62,6 +62,10 @@ class CompiledModel:
             vectors_LE = self.vectors(params, shape, rows, start=offset[0])
         return self._signal_of_vectors(params, vectors_LE[None], positions_PLA, shape)
 
+    def signal_of(self, params: Params, positions_PLA: jax.Array, shape: Shape) -> PositionSignal:
+        """Returns the signal of any positions of windows or grids of a shape; positions_PLA: int32."""
+        return self._signal_of_positions(params, positions_PLA, shape)
+
     def vectors(
         self,
         params: Params,
@@ -238,6 +242,10 @@ class CompiledModel:
             return self.model_spec.signal(params, positions_LA[None], shape)
 
         return jax.jit(with_mesh(self.mesh, signal), static_argnums=(2, 3))
+
+    @functools.cached_property
+    def _signal_of_positions(self) -> Callable[[Params, jax.Array, Shape], PositionSignal]:
+        return jax.jit(with_mesh(self.mesh, self.model_spec.signal), static_argnums=2)
 
     @functools.cached_property
     def _signal_of_vectors(self) -> Callable[[Params, jax.Array, jax.Array, Shape], PositionSignal]:

@@ -128,7 +128,7 @@ def largest_eval_size(settings: Config, max_length: int | None, max_size: int | 
     if max_size is not None:
         raise InputError("--max-size is for runs on images, and this one reads text: use --max-length")
     answer = settings.eval.new_tokens if settings.is_qa and not settings.encoding.window_dependence else 0
-    length = max_length or max((settings.data.length, *settings.eval.lengths, *settings.eval.contexts)) + answer
+    length = max_length or max(map(settings.window_of, (settings.data.length, *settings.eval.lengths, *settings.eval.contexts))) + answer
     config.check_positions(settings, length, "--max-length")
     return (length,)
 
@@ -273,7 +273,7 @@ def card_notes(model: Any, max_grid: Shape, eval_size: Shape) -> list[str]:
     field = model.config.encoding.window_dependence
     if field and not model.config.is_image:
         notes.append(
-            f"Past {model.config.encoding.one_signal_until(model.config.data.length)} tokens all logits depend on the length of the input ({field}): pad inputs "
+            f"Past {model.config.encoding.one_signal_until(model.config.grid[0])} tokens all logits depend on the length of the input ({field}): pad inputs "
             "of one text to one length."
         )
     return notes

@@ -43,7 +43,7 @@ def check_generation(
         beyond its positions.
     """
     _check_prompts(config, lengths)
-    dependence, trained = config.encoding.window_dependence, config.encoding.one_signal_until(config.data.length)
+    dependence, trained = config.encoding.window_dependence, config.encoding.one_signal_until(config.grid[0])
     if window is not None and not dependence:
         raise InputError(
             f"--window={window} (Python: window=) is read by encodings whose positions depend on the length of the window ("
@@ -76,6 +76,8 @@ def _check_prompts(config: Config, lengths: Sequence[int]) -> None:
     """Raises: InputError: not a run on text, no prompt, or an empty one."""
     if config.is_image:
         raise InputError("a run on images generates no text: give a run on text")
+    if not config.is_causal:
+        raise InputError("data.form='encoder' reads outputs at blanks, and generates no text: give a run of data.form='decoder'")
     if not lengths:
         raise InputError("there is no prompt to continue: give at least one")
     if not all(lengths):

@@ -693,8 +693,10 @@ def settings_of(config: Config) -> tuple[Family, dict[str, Any]]:
     kind = config.encoding.kind
     families = [family for family in FAMILIES.values() if kind in family.encodings]
     families.sort(key=lambda family: family.kind != config.model.kind)
-    if not families or config.is_image:
-        what = "a model of images" if config.is_image else f"encoding.kind='{kind}'"
+    if not families or not config.is_causal:
+        what = f"encoding.kind='{kind}'"
+        if not config.is_causal:
+            what = "a model of images" if config.is_image else "data.form='encoder'"
         raise InputError(f"{what}: Hugging Face has no architecture with it; {EXPORT_HINT}")
     reasons = []
     for family in families:

@@ -120,12 +120,11 @@ def _offset_or_skip(
         )
         positions_PLA = jnp.where(has_offset, positions_PLA + offsets_PA[:, None], positions_PLA)
     if settings.skip.rate:
-        skips_PLA = sampling.pose_skip(
-            stream(step_key, "skip"),
-            **grid,
-            num_chunks=settings.skip.chunks,
-            position_range=settings.skip.range * grid["position_resolution"] or max_position,
-        )
+        grid["position_range"] = settings.skip.range * grid["position_resolution"] or max_position
+        if settings.skip.chunks:
+            skips_PLA = sampling.pose_skip(stream(step_key, "skip"), **grid, num_chunks=settings.skip.chunks)
+        else:
+            skips_PLA = sampling.random_positions(stream(step_key, "skip"), **grid)
         positions_PLA = jnp.where(has_skips, skips_PLA + first_A, positions_PLA)
     return positions_PLA, has_offset | has_skips
 

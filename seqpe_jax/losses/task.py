@@ -160,6 +160,43 @@ class NextTokenLoss:
 
 
 @dataclasses.dataclass(frozen=True)
+class OutputLoss(NextTokenLoss):
+    """Outputs at given tokens. A batch is {"tokens": int32[B, L], "targets": int32[B, L], "weights": float32[B, L]}.
+
+    The target of a token is its own output, which is what the logits at its index predict; "padding": bool[B, L] are tokens
+    that no other attends to, in a batch of attention in both directions.
+    """
+
+    def loss(self, network: NetworkCall, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Returns (mean loss in nats by weight, {"accuracy": share of the right outputs}).
+
+        Args:
+          network: the model with dropout.
+          batch: see the class.
+          key: unused.
+        """
+        call = dataclasses.replace(network, signal=_with_padding(network.signal, batch))
+        logits_BLV = call.logits(call.hidden(batch["tokens"]))
+        right_BL = logits_BLV.argmax(axis=-1) == batch["targets"]
+        accuracy = (right_BL * batch["weights"]).sum() / _total_weight(batch["weights"])
+        return cross_entropy(logits_BLV, batch["targets"], batch["weights"])[0], {"accuracy": accuracy}
+
+    def eval_step(
+        self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
+    ) -> dict[str, jax.Array]:
+        """Returns {"loss": float32[B, L] in nats, "right": bool[B, L]} of each token's output, without dropout."""
+        call = NetworkCall(network, variables, _with_padding(signal, batch))
+        logits_BLV = call.logits(call.hidden(batch["tokens"]))
+        losses_BL = cross_entropy(logits_BLV, batch["targets"])[1]
+        return {"loss": losses_BL, "right": logits_BLV.argmax(axis=-1) == batch["targets"]}
+
+
+def _with_padding(signal: PositionSignal, batch: Batch) -> PositionSignal:
+    """The signal in which padding, if there is some, is a document of its own."""
+    return signal.replace(documents=batch["padding"].astype(jnp.int32)) if "padding" in batch else signal
+
+
+@dataclasses.dataclass(frozen=True)
 class ClassificationLoss:
     """Classification of images or videos. A batch is {"images": [B, sides..., C], "labels": int32[B]}.
 

@@ -194,7 +194,7 @@ class TrainLoss:
     def _encoder_rows(self, sampled: SampledPositions) -> list[EncoderRows]:
         """Returns the positions to encode: windows, then anchors, candidates and distillation windows if those are on."""
         settings, position_grid, shape = self.settings, self.model_spec.position_grid, self.model_spec.shape
-        num_chunks = settings.skip.chunks if settings.skip.rate else 1
+        num_chunks = (settings.skip.chunks or max(shape)) if settings.skip.rate else 1
         spans = position_grid.spans(shape)  # random crops span less
         has_jitter = settings.jitter.rate > 0
         extra = 2 * round(settings.jitter.range * position_grid.position_resolution) if has_jitter else 0

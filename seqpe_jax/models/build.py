@@ -85,7 +85,7 @@ class ModelSpec:
           InputError: fields of the encoding contradict each other or the model.
         """
         encoding = config.encoding
-        inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
+        inputs = jax.ShapeDtypeStruct((1, *config.grid), jnp.int32)
         if config.is_image:
             inputs = jax.ShapeDtypeStruct((1, *config.data.size, data_spec.channels), jnp.float32)
         return cls(
@@ -231,7 +231,7 @@ def keys_per_query(config: Config) -> tuple[float, float]:
     averages, most = 0.0, 0
     for layer in range(config.model.layers):
         keys = min(parts.window_of(layer) or num_positions, num_positions)
-        averages += keys if config.is_image else keys - keys**2 / (2 * num_positions)
+        averages += keys if not config.is_causal else keys - keys**2 / (2 * num_positions)
         most += keys
     return averages, most
 
@@ -308,6 +308,7 @@ def _network(config: Config, data_spec: DataSpec) -> Decoder | ViT:
         ),
         context_attention=config.mesh.context_attention,
         scan=model.scan,
+        causal=config.is_causal,
         dtype=jnp.dtype(config.precision.compute),
         matmul_precision=matmul_precision(config),
         gate="" if encoding.gate == "none" else encoding.gate,

@@ -182,9 +182,49 @@ def pose_skip(
         chunk_PL = (index[:, None] >= cuts[:, None]).sum(axis=2)
         return index * position_resolution + jnp.take_along_axis(gaps, chunk_PL, axis=1)
 
-    sides = [axis_positions(bits[axis], side) for axis, side in enumerate(shape)]
+    return _grids_of([axis_positions(bits[axis], side) for axis, side in enumerate(shape)])
+
+
+def random_positions(
+    key: jax.Array,
+    *,
+    num_sets: int,
+    shape: tuple[int, ...],
+    max_position: int,
+    position_range: int,
+    position_resolution: int = 1,
+) -> jax.Array:
+    """Returns random positions in rising order, int32[P, L, A] (randomized positions, arXiv 2305.16843).
+
+    Along each axis they are a subset of the multiples of the resolution, each equally likely.
+
+    Args:
+      key: PRNG key.
+      num_sets: P.
+      shape: sides of the grid.
+      max_position: coordinates must be below.
+      position_range: sampled coordinates are below.
+      position_resolution: least distance of neighboring positions.
+
+    Raises:
+      InputError: as of `pose_skip`.
+    """
+    _free_range(shape, position_range, position_resolution)
+    if position_range > max_position:
+        raise InputError(f"objective.skip.range={position_range} is beyond encoding.max_position={max_position}")
+    bits = jax.random.bits(key, (len(shape), num_sets, 1, ROUNDS), jnp.uint32)
+    count = (position_range - 1) // position_resolution + 1
+    sides = [
+        position_resolution * jnp.sort(permute_with_keys(bits[axis], jnp.arange(side), count), axis=1)
+        for axis, side in enumerate(shape)
+    ]
+    return _grids_of(sides)
+
+
+def _grids_of(sides: list[jax.Array]) -> jax.Array:
+    """Returns the grids int32[P, L, A] of coordinates int32[P, side] along each axis."""
     grids = jax.vmap(lambda *sides: jnp.stack(jnp.meshgrid(*sides, indexing="ij"), axis=-1))(*sides)
-    return grids.reshape(num_sets, -1, len(shape)).astype(jnp.int32)
+    return grids.reshape(len(grids), -1, len(sides)).astype(jnp.int32)
 
 
 def jitter(

@@ -191,7 +191,7 @@ def _timed_program(trainer: Trainer, mode: str) -> TimedProgram:
     make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
     call, compiled = make(trainer)
     turns = DECODED if mode == "decode" else 1
-    units = config.batch_size * (1 if config.is_image else DECODED if mode == "decode" else config.data.length)
+    units = config.batch_size * (1 if config.is_image else DECODED if mode == "decode" else config.grid[0])
     return TimedProgram(
         call, units, flops_per_call(trainer, mode), compiled, trainer.mesh, turns, _encoding(trainer, mode)
     )
@@ -230,7 +230,7 @@ def _evaluate(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
 
 
 def _decode(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
-    length = trainer.config.data.length
+    length = trainer.config.grid[0]
     window = length + DECODED + 1
     own = window if trainer.config.encoding.window_dependence else None
     check_generation(trainer.config, [length], Sampling(DECODED + 1), own)

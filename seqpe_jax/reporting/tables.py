@@ -359,6 +359,7 @@ def results_csv(study: Study) -> str:
     columns_of = {
         "text": ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity"),
         "questions": ("examples", "loss", "answer_perplexity", "contains", "exact_match", "exact_match_strict", "f1"),
+        "sequences": ("examples", "loss", "accuracy", "exact_match"),
         "images": ("examples", "loss", "top1", "top5"),
     }
     columns = list(dict.fromkeys(column for run in study.runs for column in columns_of[run.data_kind]))

@@ -19,7 +19,8 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress
 from seqpe_jax.inference.generate import generate
 from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
-from seqpe_jax.models.build import DataSpec, Params, Shape
+from seqpe_jax.models.build import DataSpec, ModelSpec, Params, Shape
+from seqpe_jax.positions import sampling
 from seqpe_jax.run_dir import Fingerprint
 
 SPLITS = ("train", "validation", "test")
@@ -283,8 +284,12 @@ def evaluate_at(
     check_eval_size(evaluator, compiled.model_spec.max_grid, eval_size, split)
     grid, shards = evaluator.grid_of(eval_size), sharding.batch_shards(compiled.mesh)
     batch_size = max(1, evaluator.config.eval.batch_tokens // math.prod(grid))
+    if evaluator.config.eval.positions == "random":
+        signal = compiled.signal_of(params, _random_positions(evaluator.config, compiled.model_spec, grid), grid)
+    else:
+        signal = compiled.signal(params, grid)
     ctx = EvalContext(
-        eval_step=functools.partial(compiled.eval_step(evaluator.task_loss), params, compiled.signal(params, grid)),
+        eval_step=functools.partial(compiled.eval_step(evaluator.task_loss), params, signal),
         generate=functools.partial(generate, compiled, evaluator.config, params),
         put=functools.partial(sharding.from_full_batch, compiled.mesh),
         batch_size=math.ceil(batch_size / shards) * shards,
@@ -293,3 +298,16 @@ def evaluate_at(
         put_local_rows=functools.partial(sharding.from_local_rows, compiled.mesh),
     )
     return evaluator.evaluate(ctx, eval_size, split)
+
+
+def _random_positions(config: Config, model_spec: ModelSpec, grid: Shape) -> jax.Array:
+    """Returns the random positions of an evaluation, int32[1, L, 1], the same at each one of the window's length."""
+    resolution = model_spec.position_grid.position_resolution
+    return sampling.random_positions(
+        jax.random.key(grid[0]),
+        num_sets=1,
+        shape=grid,
+        max_position=model_spec.max_position,
+        position_range=(config.objective.skip.range or config.encoding.max_position) * resolution,
+        position_resolution=resolution,
+    )

@@ -224,7 +224,7 @@ def check_request(settings: Config, folder: str, request: EvalRequest) -> None:
 def _checked_sizes(settings: Config, request: EvalRequest) -> tuple[Shape, ...]:
     """Returns the sizes, with their frames. Raises: InputError: there are no positions for a length or size."""
     for length, *_ in request.lengths:
-        config.check_positions(settings, length, "evaluation length")
+        config.check_positions(settings, settings.window_of(length), "evaluation length")
     for size in request.sizes:
         config.check_size(settings, size, "evaluation size")
     return tuple(settings.full_size(size) for size in request.sizes)
@@ -253,7 +253,7 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
             raise InputError(f"--{option} is for text, and {data_name} has questions: leave it out, and use --lengths")
         if option in fields and not values["eval"]["contexts"]:
             raise InputError(f"--{option} is for --contexts, which is not set: set --contexts too")
-    if request.lengths and is_qa:  # the shortest length decides which questions are asked
+    if request.lengths and (is_qa or settings.is_sequences):  # they decide which questions are asked, or which inputs
         values["eval"]["lengths"] = tuple(length for (length,) in request.lengths)
     if request.text_key is not None:
         values["data"]["text_key"] = request.text_key
@@ -263,7 +263,7 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
         values["data"]["bit_depth"] = request.bit_depth
     found = config.from_dict(values)
     for name in ("examples", "new_tokens"):
-        if name in fields and not found.is_qa:
+        if name in fields and not (found.is_qa or (name == "examples" and found.is_sequences)):
             raise InputError(
                 f"--{name.replace('_', '-')} is for questions, and {found.data.name} has none: leave it out, or name "
                 "questions with --data"

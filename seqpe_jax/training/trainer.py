@@ -305,6 +305,7 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
     )
     query, key_or_value = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(kv_shape, dtype)
     number, positions = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+    has_padding = config.is_sequences and not config.is_causal
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
 
     def signal_of_layer(key: jax.Array) -> Any:
@@ -323,8 +324,8 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
         position_query_key,
         signal.bias,
         signal.relative_bias,
-        documents=(positions, positions) if config.data.packing == "documents" else None,
-        causal_offset=None if config.is_image else number,
+        documents=(positions, positions) if config.data.packing == "documents" or has_padding else None,
+        causal_offset=number if config.is_causal else None,
         dropout_seed=number if model.attention_dropout else None,
         window=network.window,
         cap=network.attention_cap,

@@ -1,6 +1,7 @@
 """Sampling of positions: permutations, random offsets, PoSE skips, distillation windows, in one to three dimensions."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,9 @@ def test_sampling_under_vmap_equals_sampling_of_each_key():
         ),
         "skip": lambda key: sampling.pose_skip(
             key, num_sets=4, shape=(5,) * axes, max_position=50, num_chunks=3, position_range=50
+        ),
+        "random": lambda key: sampling.random_positions(
+            key, num_sets=4, shape=(5,) * axes, max_position=50, position_range=50
         ),
     }
     keys = jax.random.split(KEY, 3)
@@ -130,6 +134,17 @@ def test_pose_skip_increases_strictly_within_its_range(shape, chunks):
     assert found.max() < 40 and found.max() > 30 and (found[:, 0] == 0).all()
 
 
+def test_random_positions_are_all_subsets_of_their_range():
+    """Each of the 20 subsets of 3 of 6 multiples of 10 about as often, in rising order; the last and the first move too."""
+    draw = jax.jit(lambda key: sampling.random_positions(
+        key, num_sets=4000, shape=(3,), max_position=90, position_range=60, position_resolution=10
+    ))
+    found = np.asarray(draw(KEY))[..., 0]
+    subsets, counts = np.unique(found, axis=0, return_counts=True)
+    assert subsets.tolist() == [list(one) for one in itertools.combinations(range(0, 60, 10), 3)]
+    assert 140 < counts.min() and counts.max() < 260
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(InputError, match="encoding.max_position=8"):
         sampling.random_offsets(KEY, num_sets=1, shape=(9,), max_position=8)
@@ -137,5 +152,7 @@ def test_impossible_settings_are_refused():
         sampling.distillation_positions(KEY, batch=2, offsets=2, shape=(16,), max_position=19)
     with pytest.raises(InputError, match="skip.range=60"):
         sampling.pose_skip(KEY, num_sets=1, shape=(9,), max_position=50, num_chunks=2, position_range=60)
+    with pytest.raises(InputError, match="skip.range=60"):
+        sampling.random_positions(KEY, num_sets=1, shape=(9,), max_position=50, position_range=60)
     with pytest.raises(InputError, match="offsets=17"):
         sampling.distillation_positions(KEY, batch=2, offsets=17, shape=(16,), max_position=50)

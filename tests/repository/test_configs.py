@@ -299,6 +299,8 @@ def shrunken(name, folder):
         values = {field: value for field, value in values.items() if field not in OF_TEXT} | {"eval.sizes": ()}
         if "imagenet" in name:
             values |= {"data.name": "image_folder", "data.paths": (str(photos(folder / "photos")),)}
+    elif shipped.is_sequences:
+        del values["eval.tokens"]
     elif shipped.is_qa:
         lines = [json.dumps({"index": at, "input": f"ask {at}:", "outputs": [f"no {at}"]}) for at in range(40)]
         (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
