@@ -55,6 +55,7 @@ METRICS = {
     ),
     "questions": (
         _percent("contains", "Answers found, in percent,"),
+        _percent("contains_all", "Parts of answers found, in percent,"),
         _percent("exact_match_strict", "Exact match, as it is written, in percent"),
         _percent("exact_match", "Exact match, normalised as SQuAD's, in percent"),
         _percent("f1", "F1 in percent"),

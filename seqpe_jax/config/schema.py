@@ -69,7 +69,7 @@ class DataConfig:
     )
     task: str = _field(
         "parity_check",
-        "algorithmic: the task (docs/data.md)",
+        "algorithmic: the task (docs/standard_tests.md)",
         choices=lambda: tuple(registry.ALGORITHMIC_TASKS),
         of=(DATA_SEQUENCES,),
     )
@@ -101,6 +101,22 @@ class DataConfig:
     )
     raw: bool = _field(False, "text_files: read files of JSON records as they are", of=(DATA_TEXT,))
     lossy_tokenizer: bool = _field(False, "accept text that does not come back from its tokens", of=TOKENIZED)
+    probe: str = _field(
+        "passkey",
+        "retrieval: what is hidden in the text (docs/standard_tests.md)",
+        choices=lambda: registry.PROBES,
+        of=(DATA_QA,),
+    )
+    depths: tuple[float, ...] = _field(
+        (0.0, 0.25, 0.5, 0.75, 1.0),
+        "retrieval: where in the text it is, 0 = at the beginning, in turn; training draws any",
+        low=0.0,
+        high=1.0,
+        of=(DATA_QA,),
+    )
+    instructions: bool = _field(
+        True, "retrieval: prompts begin with what they are about; False leaves room in short ones", of=(DATA_QA,)
+    )
     prompt_weight: float = _field(0.0, "weight of the context's tokens in the loss", **limits.FRACTION, of=(DATA_QA,))
     question_weight: float = _field(
         0.0, "weight of the question's tokens in the loss", **limits.FRACTION, of=(DATA_QA,)
@@ -444,6 +460,16 @@ class EvalConfig:
         0, "targets of a window of eval.contexts; 0 = half of the smallest", **limits.OPTIONAL_LENGTH, of=(DATA_TEXT,)
     )
     targets: int = _field(16384, "tokens scored under each of eval.contexts, at most", **limits.LENGTH, of=(DATA_TEXT,))
+    key_gain: float = _field(
+        2.0,
+        "eval.contexts: nats by which the loss of a key token falls from the smallest to the largest (LongPPL)",
+        low=0.0,
+        high=100.0,
+        of=(DATA_TEXT,),
+    )
+    key_loss: float = _field(
+        2.0, "nats below which its loss is under the largest", low=1e-3, high=100.0, of=(DATA_TEXT,)
+    )
     examples: int = _field(
         0,
         "questions asked, at most, 0 = the whole split; algorithmic: examples of each of eval.lengths, 0 = 512",

@@ -722,7 +722,11 @@ CONDITIONS = (
     Condition(
         ("precision.matmul",), lambda config: config.precision.compute == "float32", "precision.compute='float32'"
     ),
-    Condition(("eval.stride", "eval.targets"), lambda config: bool(config.eval.contexts), "eval.contexts"),
+    Condition(
+        ("eval.stride", "eval.targets", "eval.key_gain", "eval.key_loss"),
+        lambda config: bool(config.eval.contexts),
+        "eval.contexts",
+    ),
     Condition(("profile.processes",), lambda config: bool(config.profile.steps), "profile.steps"),
     Condition(
         ("optimizer.skips",), lambda config: config.optimizer.non_finite == "skip", "optimizer.non_finite='skip'"

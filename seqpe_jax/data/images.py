@@ -19,6 +19,8 @@ from seqpe_jax.data.image_records import prepared_images
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import cache_root
 
+DRAWN_SIZE = (32, 32)  # where no size is asked for
+
 
 def image_source(
     name: str,
@@ -30,6 +32,7 @@ def image_source(
     progress: bool = True,
     bit_depth: int = 0,
     prepared: str | os.PathLike = "",
+    size: Sequence[int] = (),
 ) -> ImageSource:
     """Opens a split of a data set of images or videos, after preparing it where that is not done yet.
 
@@ -45,6 +48,7 @@ def image_source(
       bit_depth: bit depth of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are
         refused.
       prepared: folder of shards that `data.prepare` wrote, which are read in place of `paths`; "" = none.
+      size: (height, width) at which images are drawn, of a data set that draws them.
 
     Raises:
       InputError: unknown name or split, nothing to read, damaged files, a folder that is not writable, a prepared folder
@@ -57,7 +61,9 @@ def image_source(
     check_split(split)
     if prepared:
         return prepared_images(prepared, name, split, bit_depth)
-    options = {"bit_depth": bit_depth} if bit_depth else {}
+    options: dict[str, Any] = {"bit_depth": bit_depth} if bit_depth else {}
+    if registry.get(name).is_drawn:
+        options["size"] = size or DRAWN_SIZE
     return builder.open_split(
         split,
         paths=local_copies([os.fspath(path) for path in paths], cache_dir, progress),

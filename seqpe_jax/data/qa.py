@@ -78,7 +78,7 @@ def training_example(
 
     Args:
       record: a record of a `QASource`.
-      rng: samples one of the accepted answers; None = the first.
+      rng: samples one of the accepted answers; None = the first. Of a record with an "answer", that is trained.
       tokenizer: tokenizer of the text.
       length: L; inputs are tokens[:L], targets tokens[1:].
       prompt_weight: loss weight of the context tokens, in 0..1 (the reference: 0).
@@ -93,7 +93,7 @@ def training_example(
       InputError: it takes more than L tokens.
     """
     answers = record["outputs"]
-    answer = answers[0 if rng is None else int(rng.integers(len(answers)))]
+    answer = record.get("answer") or answers[0 if rng is None else int(rng.integers(len(answers)))]
     prompt, end = prompt_tokens(record, tokenizer), answer_end_id(tokenizer)
     sequence = np.concatenate([prompt, tokenizer.encode(f" {answer}".encode()), [end]])
     if len(sequence) > length:
@@ -231,6 +231,8 @@ def qa_source(
     builder = registry.load_builder(name, registry.DATA_QA)
     registry.get(name).check_paths(paths)
     base.check_split(split)
+    if not issubclass(builder, QABuilder | QaJsonl):
+        raise InputError(f"data.name='{name}' is made on the fly, not read: use data.retrieval.RetrievalQuestions")
     if length < 1:
         raise InputError(f"the length of examples must be at least 1 token, got {length}")
     answer_end_id(tokenizer)

@@ -22,7 +22,12 @@ TEXT_LIKE = (*TOKENIZED, DATA_SEQUENCES)  # read as tokens
 IMAGE_LIKE = (DATA_IMAGE,)  # read as pixels; videos are among them
 
 # Unit in which the throughput of a run is counted, by kind of data.
-COUNT_NAMES: dict[str, str] = dict.fromkeys(TEXT_LIKE, "tokens") | {DATA_IMAGE: "images"}
+COUNT_NAMES: dict[str, str] = {
+    DATA_TEXT: "tokens",
+    DATA_QA: "tokens",
+    DATA_SEQUENCES: "tokens",
+    DATA_IMAGE: "images",
+}
 # Data set that reads a user's own files, by kind of data.
 OWN_FILES: dict[str, str] = {
     DATA_TEXT: "text",
@@ -54,6 +59,27 @@ ALGORITHMIC_TASKS: dict[str, tuple[Callable[[int], int], Callable[[int], int]]] 
 }
 
 
+# Of data.name='retrieval', and the suites of them that `evaluate --suite` names.
+PROBES = (
+    "passkey",
+    "niah_single",
+    "niah_multikey",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "mqar",
+    "induction",
+)
+SUITES: dict[str, tuple[str, ...]] = {
+    "passkey": ("passkey",),
+    "ruler": PROBES[1:8],
+    "mqar": ("mqar",),
+    "induction": ("induction",),
+}
+
+
 def window_of_task(task: str, form: str, length: int) -> int:
     """Returns the tokens of a window that holds an algorithmic example of a length.
 
@@ -64,6 +90,7 @@ def window_of_task(task: str, form: str, length: int) -> int:
     """
     given, output = (symbols(length) for symbols in ALGORITHMIC_TASKS[task])
     return given + output + (form == "decoder")
+
 
 # Per channel in 0..1, of ImageNet's training photos: the usual normalization of photos.
 PHOTO_MEAN = (0.485, 0.456, 0.406)
@@ -80,8 +107,8 @@ class Dataset:
       builder: "MODULE:CLASS" that reads the data: a `TextBuilder`, `QABuilder` or `ImageBuilder`; or makes it.
       paths: use of `data.paths`: "none", "optional", "one" (exactly one) or "some" (at least one).
       paths_hint: description of `data.paths` for messages, for data sets that need it.
-      answers: kind of the answers to questions, "prose" (scored with SQuAD's normalization), "code" (compared strictly) or "any" (all
-        scores).
+      answers: kind of the answers to questions, "prose" (scored with SQuAD's normalization), "code" (compared strictly), "any" (all
+        scores) or "parts" (an answer has several, and all of them count).
       size: image size (height, width), or (frames, height, width) of videos; () = images differ, or the config decides.
       video: whether image examples are videos.
       channels: image channels.
@@ -90,6 +117,7 @@ class Dataset:
       num_classes: number of image classes; 0 = known from the files alone.
       options: fields of `data` that it reads and others do not.
       has_image_files: whether images come from files, which `python -m seqpe_jax.prepare` writes into shards.
+      is_drawn: whether images are drawn at the size that is asked for, so that none is resized.
     """
 
     name: str
@@ -97,7 +125,7 @@ class Dataset:
     builder: str
     paths: Literal["none", "optional", "one", "some"] = "optional"
     paths_hint: str = ""
-    answers: Literal["prose", "code", "any"] = "prose"
+    answers: Literal["prose", "code", "any", "parts"] = "prose"
     size: tuple[int, ...] = ()
     video: bool = False
     channels: int = 3
@@ -106,6 +134,7 @@ class Dataset:
     num_classes: int = 0
     options: tuple[str, ...] = ()
     has_image_files: bool = False
+    is_drawn: bool = False
 
     @property
     def count_name(self) -> str:
@@ -243,6 +272,16 @@ register(
 )
 register(
     Dataset(
+        "retrieval",
+        DATA_QA,
+        f"{_FOLDER}.retrieval:Retrieval",
+        paths="none",
+        answers="parts",
+        options=("probe", "depths", "instructions"),
+    )
+)
+register(
+    Dataset(
         "algorithmic",
         DATA_SEQUENCES,
         f"{_FOLDER}.algorithmic:Algorithmic",
@@ -275,6 +314,19 @@ register(
         mean=(0.0763,),  # mean and std of the train split
         std=(0.2298,),
         num_classes=40,
+    )
+)
+register(
+    Dataset(
+        "glyphs",
+        DATA_IMAGE,
+        f"{_FOLDER}.glyphs:Glyphs",
+        paths="none",
+        channels=1,
+        mean=(0.1348,),  # mean and std of the train split at 32 x 32
+        std=(0.3162,),
+        num_classes=36,
+        is_drawn=True,
     )
 )
 register(

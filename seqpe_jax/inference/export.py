@@ -128,7 +128,11 @@ def largest_eval_size(settings: Config, max_length: int | None, max_size: int | 
     if max_size is not None:
         raise InputError("--max-size is for runs on images, and this one reads text: use --max-length")
     answer = settings.eval.new_tokens if settings.is_qa and not settings.encoding.window_dependence else 0
-    length = max_length or max(map(settings.window_of, (settings.data.length, *settings.eval.lengths, *settings.eval.contexts))) + answer
+    length = (
+        max_length
+        or max(map(settings.window_of, (settings.data.length, *settings.eval.lengths, *settings.eval.contexts)))
+        + answer
+    )
     config.check_positions(settings, length, "--max-length")
     return (length,)
 

@@ -77,7 +77,9 @@ def _check_prompts(config: Config, lengths: Sequence[int]) -> None:
     if config.is_image:
         raise InputError("a run on images generates no text: give a run on text")
     if not config.is_causal:
-        raise InputError("data.form='encoder' reads outputs at blanks, and generates no text: give a run of data.form='decoder'")
+        raise InputError(
+            "data.form='encoder' reads outputs at blanks, and generates no text: give a run of data.form='decoder'"
+        )
     if not lengths:
         raise InputError("there is no prompt to continue: give at least one")
     if not all(lengths):

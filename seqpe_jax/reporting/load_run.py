@@ -29,10 +29,12 @@ OPTIONAL_EVALUATION_FIELDS: FieldTypes = {
     "split": str,
     "without_context": dict,
     "attention": dict,
+    "suites": dict,
 }
 OPTIONAL_RESULT_FIELDS: FieldTypes = dict.fromkeys(("tokens", "examples", *HIGHER_IS_BETTER), (int, float)) | {
     "targets": int,
     "stride": int,
+    "key_tokens": int,
     "loss_by_position": dict,
     "depth": list,
     "distance": list,
@@ -78,7 +80,7 @@ def check_evaluation(evaluation: dict[str, Any], source: str) -> dict[str, Any]:
       InputError: it is no evaluation.
     """
     _check_fields(evaluation, source, {"results": list}, OPTIONAL_EVALUATION_FIELDS)
-    for number, result in enumerate(evaluation["results"], 1):
+    for number, result in enumerate([*evaluation["results"], *_probe_results(evaluation, source)], 1):
         try:
             result |= size_of(result)
             _check_fields(result, "", {}, OPTIONAL_RESULT_FIELDS)
@@ -92,6 +94,15 @@ def check_evaluation(evaluation: dict[str, Any], source: str) -> dict[str, Any]:
             raise InputError(f"{fault}: write it with `evaluate --output`") from error
     _check_attention(evaluation, source)
     return evaluation
+
+
+def _probe_results(evaluation: dict[str, Any], source: str) -> list[dict[str, Any]]:
+    """Returns the results of the probes of `evaluate --suite`. Raises: InputError: they have another form."""
+    probes = evaluation.get("suites", {}).get("probes", {})
+    lists = list(probes.values()) if isinstance(probes, dict) else [None]
+    if not all(isinstance(own, list) and all(isinstance(result, dict) for result in own) for own in lists):
+        raise InputError(f"{source}: its suites have no list of results for each probe: evaluate it again")
+    return [result for own in lists for result in own]
 
 
 def _check_attention(evaluation: dict[str, Any], source: str) -> None:

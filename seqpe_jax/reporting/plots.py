@@ -4,6 +4,7 @@ import functools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -76,7 +77,7 @@ def plot_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[P
 
 def plot_run(run: Run) -> Iterator[Plot]:
     """Yields the plots of one run; the caller closes each before it takes the next."""
-    for draw in (answer_depth, position_curves, similarity, attention):
+    for draw in (answer_depth, suite_depth, position_curves, similarity, attention):
         with matplotlib.rc_context(RC_PARAMS):
             plot = draw(run)
         if plot is not None:
@@ -330,10 +331,44 @@ def answer_depth(run: Run) -> Plot | None:
     results = sorted((result for result in run.results if result.get("depth")), key=lambda result: result["extent"])
     if not results:
         return None
+    figure, axes = plt.subplots(figsize=_heat_map_size(results), dpi=DPI, layout="constrained")
+    found_DL = _draw_heat_map(figure, axes, results)
+    axes.set_xlabel(f"evaluated length (tokens; trained at {run.training_size['label']})")
+    alt = f"Heat map of answers found, in percent, from the start to the end of the context. {_values_by_length(results, found_DL)}."
+    return Plot(f"answer_depth_{run.name}", "Answers by length and depth", alt, figure)
+
+
+def suite_depth(run: Run) -> Plot | None:
+    """Draws the same of each probe of `evaluate --suite` that is at one depth; None without such results."""
+    probes = {
+        probe: sorted((result for result in results if result.get("depth")), key=lambda result: result["extent"])
+        for probe, results in run.evaluation.get("suites", {}).get("probes", {}).items()
+    }
+    probes = {probe: results for probe, results in probes.items() if results}
+    if not probes:
+        return None
+    width, height = _heat_map_size(next(iter(probes.values())))
+    size = (width, (height + 0.4) * len(probes))
+    figure, plots = plt.subplots(len(probes), 1, figsize=size, dpi=DPI, layout="constrained", squeeze=False)
+    lines = []
+    for axes, (probe, results) in zip(plots[:, 0], probes.items(), strict=True):
+        found_DL = _draw_heat_map(figure, axes, results)
+        axes.set_title(probe)
+        lines.append(f"{probe}: {_values_by_length(results, found_DL)}")
+    plots[-1, 0].set_xlabel(f"length of the prompt (tokens; trained at {run.training_size['label']})")
+    alt = f"Heat maps of answers found, in percent, from the start to the end of the text. {'. '.join(lines)}."
+    return Plot(f"suite_depth_{run.name}", "Probes by length and depth", alt, figure)
+
+
+def _heat_map_size(results: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Inches of a heat map of results by length and depth."""
+    return 2.2 + 1.1 * len(results), 1.0 + 0.5 * len(results[0]["depth"])
+
+
+def _draw_heat_map(figure: Any, axes: Any, results: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Draws the percentage of answers found by length and depth, and returns it, float[depths, lengths]."""
     bins = results[0]["depth"]
     found_DL = np.array([[part["contains"] for part in result["depth"]] for result in results], float).T
-    size = (2.2 + 1.1 * len(results), 1.0 + 0.5 * len(bins))
-    figure, axes = plt.subplots(figsize=size, dpi=DPI, layout="constrained")
     image = axes.imshow(found_DL, cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="none")
     for row, column in np.argwhere(np.isfinite(found_DL)):
         value = found_DL[row, column]
@@ -342,16 +377,18 @@ def answer_depth(run: Run) -> Plot | None:
     axes.set_yticks(range(len(bins)), [f"{part['from']:.0%} to {part['to']:.0%}" for part in bins])
     axes.tick_params(left=False, bottom=False)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel(f"evaluated length (tokens; trained at {run.training_size['label']})")
     axes.set_ylabel("depth of the passage")
     bar = figure.colorbar(image, label="contains the answer (percent)", pad=0.02)
     bar.outline.set_visible(False)
-    values = "; ".join(
+    return found_DL
+
+
+def _values_by_length(results: Sequence[dict[str, Any]], found_DL: np.ndarray) -> str:
+    """Says the values of a heat map."""
+    return "; ".join(
         f"{result['label']} tokens: {', '.join(f'{value:.0f}' if np.isfinite(value) else '-' for value in found_D)}"
         for result, found_D in zip(results, found_DL.T, strict=True)
     )
-    alt = f"Heat map of answers found, in percent, from the start to the end of the context. {values}."
-    return Plot(f"answer_depth_{run.name}", "Answers by length and depth", alt, figure)
 
 
 def position_curves(run: Run) -> Plot | None:

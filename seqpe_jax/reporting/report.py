@@ -150,6 +150,7 @@ def _result_tables(study: Study, tests: Tests, benchmarks: list[cost_table.Bench
     found = [
         *(tables.by_size(study, *key, worse_cells(results), TEST_NOTE, work=True) for key, results in tests.items()),
         tables.by_context(study),
+        tables.by_context(study, tables.KEY_LOSS),
         *(cost_table.retention_table(study, *key, benchmarks) for key in tests),
         tables.by_distance(study),
         *(tables.by_size(study, *key) for key in tables.metrics_of(study) if key not in tests),

@@ -185,15 +185,26 @@ def by_size(
     )
 
 
-def by_context(study: Study) -> Table | None:
+KEY_LOSS = Metric("key_loss", "Loss of the tokens that need context (nats per token)")
+
+
+def by_context(study: Study, metric: Metric | None = None) -> Table | None:
     """Returns row x context length: a metric of the same tokens under each context, and the gain from context.
 
     The gain is the difference from the smallest context to the largest, of each run. None without such evaluations.
+
+    Args:
+      study: the runs.
+      metric: the metric; `KEY_LOSS` is of the tokens that each model chooses by its own gain; None = `context_metric`.
     """
     runs = [run for run in study.counted if run.context_results]
+    if metric is not None:
+        runs = [
+            run for run in runs if all(isinstance(result.get(metric.name), float) for result in run.context_results)
+        ]
     if not runs:
         return None
-    metric = context_metric(study)
+    metric = metric or context_metric(study)
     extents = {result["label"]: result["extent"] for run in runs for result in run.context_results}
     labels = sorted(extents, key=lambda label: extents[label])
     rows = list(dict.fromkeys(run.row for run in study.runs if run.data_kind == "text"))
@@ -216,8 +227,11 @@ def by_context(study: Study) -> Table | None:
         if len(labels) > 1:
             cells.append(mean_cell(gains.get(row, ()), metric.decimals, runs=count, sign=True))
         lines.append([Cell(row), *cells])
-    counts = " or ".join(dict.fromkeys(f"{result['targets']:,}" for run in runs for result in run.context_results))
+    counted = "key_tokens" if metric is KEY_LOSS else "targets"
+    counts = " or ".join(dict.fromkeys(f"{result[counted]:,}" for run in runs for result in run.context_results))
     note = f"The same {counts} tokens, with at most so many tokens of context before each."
+    if metric is KEY_LOSS:
+        note = f"{note.replace('The same', 'LongPPL: the')} Each model's own tokens, whose loss falls most from {labels[0]} to {labels[-1]}."
     if len(labels) > 1:
         note += " The last column is the gain from context: below 0 it helps, above 0 it harms."
     return Table(
@@ -358,7 +372,16 @@ def results_csv(study: Study) -> str:
     """Returns one CSV line for each run and evaluated length, size or context; missing values are empty."""
     columns_of = {
         "text": ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity"),
-        "questions": ("examples", "loss", "answer_perplexity", "contains", "exact_match", "exact_match_strict", "f1"),
+        "questions": (
+            "examples",
+            "loss",
+            "answer_perplexity",
+            "contains",
+            "contains_all",
+            "exact_match",
+            "exact_match_strict",
+            "f1",
+        ),
         "sequences": ("examples", "loss", "accuracy", "exact_match"),
         "images": ("examples", "loss", "top1", "top5"),
     }

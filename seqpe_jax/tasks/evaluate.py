@@ -11,21 +11,24 @@ import numpy as np
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data import registry
+from seqpe_jax.data.datasets.retrieval import NAME as RETRIEVAL
 from seqpe_jax.distributed import processes
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import AnyPath, atomic_file, atomic_write
+from seqpe_jax.files import AnyPath, atomic_file, atomic_write, parse_json
 from seqpe_jax.inference.attention_spread import MAX_TOKENS
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import ModelSpec, Shape
 from seqpe_jax.run_dir import EVALUATION_FILE, RunDir, changed_fingerprints, describe_fingerprint
 from seqpe_jax.tasks.base import Evaluator, check_eval_size, evaluate_at
-from seqpe_jax.tasks.metrics import METRICS, write_answers
+from seqpe_jax.tasks.metrics import SCORES, long_perplexity, write_answers
+from seqpe_jax.tasks.suites import SuiteRequest, check_suites, evaluate_suites
 from seqpe_jax.trees import num_params
 
 Arrays = dict[str, dict[str, np.ndarray] | None]
 
 COUNTED = ("tokens", "targets", "examples")  # keys of a result that say how much it scored
+SUITES_KEY = "suites"  # of a report
 NUM_ATTENTION_IMAGES = 4  # images of the split whose attention is drawn
 
 
@@ -50,6 +53,7 @@ class EvalRequest:
       lossy: accept text that does not come back from its tokens, whatever the config says.
       text_key: field that holds the text of a record, for the data set `text`; None = the config's, or "text" for another data set.
       bit_depth: bit depth of grey values in 16-bit files of an image folder; None = the config's, or 0 for another data set.
+      suites: probes to ask in place of the split; None = no.
     """
 
     lengths: tuple[Shape, ...] = ()
@@ -66,6 +70,7 @@ class EvalRequest:
     lossy: bool = False
     text_key: str | None = None
     bit_depth: int | None = None
+    suites: SuiteRequest | None = None
 
     @property
     def eval_fields(self) -> dict[str, Any]:
@@ -89,6 +94,8 @@ def evaluate(model: Any, request: EvalRequest) -> tuple[dict[str, Any], Arrays]:
     Raises:
       InputError: a length or size that cannot be evaluated, data that cannot be read, damaged parameters.
     """
+    if request.suites is not None:
+        return _evaluate_suites(model, request.suites), {}
     check_request(model.config, model.folder, request)
     settings = _requested_config(model.config, request)
     sizes = _checked_sizes(settings, request)
@@ -104,9 +111,37 @@ def evaluate(model: Any, request: EvalRequest) -> tuple[dict[str, Any], Arrays]:
         check_eval_size(evaluator, model.model_spec.max_grid, eval_size, split)
     _compare_data(model, split, is_run_data=request.data is None)
     results = [_evaluate_and_print(model, evaluator, eval_size, split) for evaluator, eval_size in work]
+    long_perplexity(
+        [result for result in results if "context" in result], settings.eval.key_gain, settings.eval.key_loss
+    )
     own_sizes = [size for evaluator, size in work if evaluator is task] or [size for _, size in work]
     arrays, attention = _arrays_to_draw(model, max(own_sizes, key=max), split)
     return _report(model, split, results) | attention, arrays
+
+
+def _evaluate_suites(model: Any, request: SuiteRequest) -> dict[str, Any]:
+    """Returns the report of suites of probes. Raises: InputError: they do not fit the model."""
+    check_suites(model.config, request)
+
+    def run(asked: Any, eval_size: Shape) -> dict[str, Any]:
+        check_eval_size(asked.task, asked.model_spec.max_grid, eval_size, "test")
+        label = asked.config.data.probe if asked.config.data.name == RETRIEVAL else asked.config.data.name
+        return _evaluate_and_print(asked, asked.task, eval_size, "test", f"{label}, ")
+
+    found = evaluate_suites(model, request, run)
+    if processes.is_main_process():
+        for suite, scores in found["suites"].items():
+            length = scores["effective_length"] or f"below {min(request.lengths)}"
+            print(f"{suite}: effective length {length} ({request.effective_score:g} percent)", flush=True)
+    settings = model.config
+    return {
+        "checkpoint": model.folder or model.source,
+        "step": model.step,
+        "encoding": settings.encoding.name,
+        "training_length": settings.data.length,
+        "results": [],
+        SUITES_KEY: found,
+    }
 
 
 def _report(model: Any, split: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -151,9 +186,11 @@ def _compare_data(model: Any, split: str, is_run_data: bool) -> None:
             print(f"note: {name} has changed since {model.folder} was trained: {line}", file=sys.stderr, flush=True)
 
 
-def _evaluate_and_print(model: Any, evaluator: Evaluator, eval_size: Shape, split: str) -> dict[str, Any]:
+def _evaluate_and_print(
+    model: Any, evaluator: Evaluator, eval_size: Shape, split: str, prefix: str = ""
+) -> dict[str, Any]:
     """Returns the result at one size, and prints its metrics."""
-    label = f"{evaluator.size_name} {'x'.join(map(str, eval_size))}"
+    label = f"{prefix}{evaluator.size_name} {'x'.join(map(str, eval_size))}"
     line = ProgressLine(1, label=label)
     result = evaluate_at(
         evaluator, model.compiled, model.params, eval_size, split, lambda done, total: line.update(done, total=total)
@@ -291,13 +328,36 @@ def write(report: dict[str, Any], arrays: Arrays, path: AnyPath) -> list[AnyPath
     files, prefix = [], "" if path.name == EVALUATION_FILE else f"{path.stem}_"
     for result in report["results"]:
         if "answers" in result:
-            metrics = [name for name in METRICS if name in result]
+            metrics = [name for name in SCORES if name in result]
             file = path.parent / f"{prefix}answers_{result['length']}.jsonl"
             files.append(write_answers(file, *result["answers"], metrics))
     for name, values in arrays.items():
         if values is not None:
             with atomic_file(path.parent / f"{prefix}{name}.npz") as part, part.open("wb") as file:
                 np.savez_compressed(file, **values)
-    results = [{name: value for name, value in result.items() if name != "answers"} for result in report["results"]]
-    atomic_write(path, json.dumps(report | {"results": results}, indent=1) + "\n")
+    results = list(map(_without_answers, report["results"]))
+    written = report | {"results": results}
+    if SUITES_KEY in report:
+        suites = report[SUITES_KEY]
+        for probe, own in suites["probes"].items():
+            for result in own:
+                file = path.parent / f"{prefix}answers_{probe}_{result['length']}.jsonl"
+                files.append(write_answers(file, *result["answers"], [name for name in SCORES if name in result]))
+        probes = {probe: list(map(_without_answers, own)) for probe, own in suites["probes"].items()}
+        written = _evaluation_of(report, path) | {SUITES_KEY: suites | {"probes": probes}}
+    atomic_write(path, json.dumps(written, indent=1) + "\n")
     return [*files, path]
+
+
+def _without_answers(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name != "answers"}
+
+
+def _evaluation_of(report: dict[str, Any], path: AnyPath) -> dict[str, Any]:
+    """Returns the evaluation that a file holds of the same checkpoint and step, to which suites are added, or the report."""
+    try:
+        stored = parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return report
+    same = isinstance(stored, dict) and all(stored.get(name) == report[name] for name in ("checkpoint", "step"))
+    return stored if same else report

@@ -82,14 +82,18 @@ class ImageClassification(Task):
         self.count_per_step = config.batch_size
 
     @functools.cache  # noqa: B019  a process has few tasks
-    def source(self, split: str) -> Any:
+    def source(self, split: str, size: Shape = ()) -> Any:
         """Returns the images of a split, with the labels of the run.
+
+        Args:
+          split: name of the split.
+          size: (height, width) at which images are drawn, of data sets that draw them; () = that of training.
 
         Raises:
           InputError: the data cannot be read; they have a class that the run does not know, other channels or more
             classes than the model.
         """
-        found, data, data_spec = self._images(split), self.config.data, self.data_spec
+        found, data, data_spec = self._images(split, size), self.config.data, self.data_spec
         if found.channels != data_spec.channels:
             raise InputError(
                 f"{data.name} has images of {found.channels} channel(s), but the model reads {data_spec.channels}: evaluate it "
@@ -109,7 +113,7 @@ class ImageClassification(Task):
         return found
 
     @functools.cache  # noqa: B019  as `source`
-    def _images(self, split: str) -> Any:
+    def _images(self, split: str, size: Shape = ()) -> Any:
         """The images of a split, with the labels of the data."""
         data = self.config.data
         return images.image_source(
@@ -120,6 +124,7 @@ class ImageClassification(Task):
             progress=is_main_process(),
             bit_depth=data.bit_depth,
             prepared=data.prepared,
+            size=size or data.size,
         )
 
     def _own_classes(self) -> int:
@@ -230,7 +235,7 @@ class ImageClassification(Task):
 
     def evaluate(self, ctx: EvalContext, eval_size: Shape, split: str) -> dict[str, Any]:
         """Returns the accuracy at one size."""
-        source = self.source(split)
+        source = self.source(split, eval_size)
         devices = jax.device_count()
         batch_size = min(ctx.batch_size, math.ceil(len(source) / devices) * devices)
         batches = loader.EvalBatches(
@@ -252,7 +257,7 @@ class ImageClassification(Task):
 
     def sample_images(self, eval_size: Shape, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns images spread over a split, float32[count, sides..., C]: normalized, and in 0..1."""
-        source, example = self.source(split), self._example(eval_size)
+        source, example = self.source(split, eval_size), self._example(eval_size)
         chosen = np.linspace(0, len(source) - 1, count).astype(int)
         pixels = np.stack([example(source[int(index)])["images"] for index in chosen])
         normalized = images.normalize_pixels(pixels, self.data_spec.mean, self.data_spec.std)

@@ -115,16 +115,45 @@ def perplexity_in_context(
       progress: called with the windows done.
 
     Returns:
-      {"context", "targets", "stride", "loss", "perplexity", ...}.
+      {"context", "targets", "stride", "loss", "perplexity", ..., "target_losses": float64[targets], for `long_perplexity`}.
     """
-    sums_L, counts_L = _sums_by_token_index(token_losses, batches, context, put, progress)
+    losses: list[np.ndarray] = []
+    sums_L, counts_L = _sums_by_token_index(token_losses, batches, context, put, progress, losses)
     targets = int(counts_L.sum())
     return {
         "context": context,
         "targets": targets,
         "stride": stride,
         **loss_metrics(float(sums_L.sum() / targets), split_size),
+        TARGET_LOSSES: np.concatenate(losses),
     }
+
+
+TARGET_LOSSES = "target_losses"  # of a result, until `long_perplexity` has read it
+
+
+def long_perplexity(results: Sequence[dict[str, Any]], least_gain: float, largest_loss: float) -> None:
+    """Adds the perplexity of the tokens that gain from context to results under several contexts (LongPPL, arXiv 2410.23771).
+
+    Key tokens are those whose loss falls by more than `least_gain` from the smallest context to the largest, where it is less
+    than `largest_loss`: the model itself says so in two passes, in place of the authors' larger model.
+
+    Args:
+      results: results of `perplexity_in_context` on the same targets; they lose their losses by target, and get "key_tokens",
+        "key_loss" in nats and "long_perplexity" (None without a key token) if there are two contexts or more.
+      least_gain: nats (the authors' alpha, 2).
+      largest_loss: nats (the negative of the authors' beta, 2).
+    """
+    losses = {result["context"]: result.pop(TARGET_LOSSES) for result in results}
+    if len(losses) < 2:
+        return
+    short, long = losses[min(losses)], losses[max(losses)]
+    is_key = (short - long > least_gain) & (long < largest_loss)
+    for result in results:
+        count = int(is_key.sum())
+        loss = float(losses[result["context"]][is_key].mean()) if count else None
+        result |= {"key_tokens": count, "key_loss": loss}
+        result["long_perplexity"] = None if loss is None else bounded_exp(loss)
 
 
 def loss_metrics(loss: float, split_size: SplitSize) -> dict[str, float]:
@@ -148,13 +177,22 @@ def _sums_by_token_index(
     length: int,
     put: PutBatch,
     progress: CountProgress,
+    target_losses: list[np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns sums of the scored losses, float64[L], and their counts, int64[L], by token index in the window."""
+    """Returns sums of the scored losses, float64[L], and their counts, int64[L], by token index in the window.
+
+    Args:
+      token_losses, batches, length, put, progress: see `perplexity`.
+      target_losses: gets the scored losses of each batch, float64[n], in order; None = they are not kept.
+    """
     sums_L, counts_L = np.zeros(length, np.float64), np.zeros(length, np.int64)
     windows = 0
     dispatched = ((token_losses(put({"tokens": batch["tokens"]})["tokens"]), batch["scored"]) for batch in batches)
     for losses_BL, scored_BL in _one_behind(dispatched):
-        sums_L += np.where(scored_BL, np.asarray(losses_BL, np.float64), 0.0).sum(axis=0)
+        losses_BL = np.asarray(losses_BL, np.float64)
+        if target_losses is not None:
+            target_losses.append(losses_BL[scored_BL])
+        sums_L += np.where(scored_BL, losses_BL, 0.0).sum(axis=0)
         counts_L += scored_BL.sum(axis=0)
         windows += int(scored_BL.any(axis=1).sum())
         progress(windows)
@@ -220,6 +258,7 @@ METRICS_BY_ANSWER_KIND = {
     "prose": ("contains", "exact_match", "f1"),
     "code": ("contains", "exact_match_strict"),
     "any": ("contains", "exact_match", "exact_match_strict", "f1"),
+    "parts": ("contains", "contains_all"),
 }
 METRICS = METRICS_BY_ANSWER_KIND["any"]
 DEPTH_BINS = 5
@@ -267,6 +306,11 @@ def _normalized_or_lower(text: str) -> str:
     return normalize_answer(text) or " ".join(text.lower().split())
 
 
+def contains_all(hypothesis: str, parts: Sequence[str]) -> float:
+    """Returns the share of the parts of an answer that occur in the hypothesis, as `contains` compares (RULER's score)."""
+    return float(np.mean([contains(hypothesis, (part,)) for part in parts]))
+
+
 def exact_match(hypothesis: str, golds: Iterable[str]) -> float:
     """Returns 1.0 if the hypothesis equals an accepted answer, both normalized (SQuAD's evaluation script), else 0.0.
 
@@ -299,7 +343,13 @@ def _f1(found: list[str], wanted: list[str]) -> float:
     return 2 * common / (len(found) + len(wanted))
 
 
-SCORES = {"contains": contains, "exact_match": exact_match, "exact_match_strict": exact_match_strict, "f1": f1}
+SCORES = {
+    "contains": contains,
+    "contains_all": contains_all,
+    "exact_match": exact_match,
+    "exact_match_strict": exact_match_strict,
+    "f1": f1,
+}
 
 
 def score_answer(hypothesis: str, golds: Sequence[str], metrics: Sequence[str] = METRICS) -> dict[str, float]:

@@ -12,6 +12,8 @@ import numpy as np
 
 from seqpe_jax.config import check_positions
 from seqpe_jax.data import loader, qa
+from seqpe_jax.data.datasets.retrieval import NAME as RETRIEVAL
+from seqpe_jax.data.retrieval import RetrievalQuestions
 from seqpe_jax.data.tokenizers import RoundTrip, RoundTripLoss, check_round_trip
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.inference.decode import Sampling
@@ -74,6 +76,16 @@ class QuestionAnswering(LanguageModeling):
 
     def _source(self, split: str, length: int, max_bare_length: int = 0) -> qa.QASource:
         data = self.config.data
+        if data.name == RETRIEVAL:
+            return RetrievalQuestions(
+                split,
+                tokenizer=self.tokenizer,
+                length=length,
+                probe=data.probe,
+                depths=data.depths,
+                instructions=data.instructions,
+                seed=self.config.seed,
+            )
         return qa.qa_source(
             data.name,
             split=split,

@@ -20,8 +20,20 @@ CASES = {
     "duplicate_string": {"101": "101101", "111111": "111111111111"},
     "missing_duplicate": {"01100210": "1", "1011213": "0", "1": "1", "20": "0", "12": "1"},
     "odds_first": {"00110101": "01000111", "110": "101"},
-    "binary_addition": {"001+01101": "0101120000", "1001+000001": "100101200000", "1+1": "0120", "01": "012", "0": "02"},
-    "binary_multiplication": {"001*01101": "000110120", "1001*000001": "00000100120", "1*1": "120", "0": "2", "10": "02"},
+    "binary_addition": {
+        "001+01101": "0101120000",
+        "1001+000001": "100101200000",
+        "1+1": "0120",
+        "01": "012",
+        "0": "02",
+    },
+    "binary_multiplication": {
+        "001*01101": "000110120",
+        "1001*000001": "00000100120",
+        "1*1": "120",
+        "0": "2",
+        "10": "02",
+    },
     "compute_sqrt": {"100101": "110", "111": "10", "0001": "01", "1": "1"},
     "bucket_sort": {"10204112": "00111224", "1110001": "0001111"},
     "copy": {"dog7": "dog7"},
@@ -52,7 +64,9 @@ def test_inputs_have_the_length_and_outputs_fit(task):
 
 def test_inputs_have_the_symbols_of_their_task():
     """Brackets match, one digit of an equation is x, operands are positive and roots have a nonzero radicand."""
-    texts = {task: [Algorithmic(task, "encoder").sample("test", 12, number)[0] for number in range(40)] for task in RULES}
+    texts = {
+        task: [Algorithmic(task, "encoder").sample("test", 12, number)[0] for number in range(40)] for task in RULES
+    }
     assert all(text.count("x") == 1 == text.count("=") for text in texts["solve_equation"])
     assert not any("*" in text for text in texts["solve_equation"])
     assert any("*" in text for text in texts["modular_arithmetic_brackets"])

@@ -136,9 +136,11 @@ def test_pose_skip_increases_strictly_within_its_range(shape, chunks):
 
 def test_random_positions_are_all_subsets_of_their_range():
     """Each of the 20 subsets of 3 of 6 multiples of 10 about as often, in rising order; the last and the first move too."""
-    draw = jax.jit(lambda key: sampling.random_positions(
-        key, num_sets=4000, shape=(3,), max_position=90, position_range=60, position_resolution=10
-    ))
+    draw = jax.jit(
+        lambda key: sampling.random_positions(
+            key, num_sets=4000, shape=(3,), max_position=90, position_range=60, position_resolution=10
+        )
+    )
     found = np.asarray(draw(KEY))[..., 0]
     subsets, counts = np.unique(found, axis=0, return_counts=True)
     assert subsets.tolist() == [list(one) for one in itertools.combinations(range(0, 60, 10), 3)]

@@ -88,7 +88,11 @@ def test_each_data_set_has_the_scores_of_its_answers():
     """SQuAD's normalisation is for SQuAD's prose; of a user's own questions both exact matches are reported."""
     assert metrics.answer_metrics("stdlib_qa") == ("contains", "exact_match_strict")
     assert metrics.answer_metrics("squad_long") == ("contains", "exact_match", "f1")
-    assert metrics.answer_metrics("qa_jsonl") == metrics.METRICS == tuple(metrics.SCORES)
+    assert (
+        metrics.answer_metrics("qa_jsonl")
+        == metrics.METRICS
+        == tuple(name for name in metrics.SCORES if name != "contains_all")
+    )
     for name in ("stdlib_qa", "squad_long", "qa_jsonl"):
         settings = types.SimpleNamespace(data=types.SimpleNamespace(name=name))
         assert tasks.QuestionAnswering.training_metrics(settings) == ("loss", *metrics.answer_metrics(name))
@@ -267,6 +271,28 @@ def test_last_targets_of_each_window_count_under_a_context():
     }
     assert result["loss"] == pytest.approx((2 * (2 + 3) + 6 + 7) / 6)
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / 4 / math.log(2))
+    assert result[metrics.TARGET_LOSSES].tolist() == [2.0, 3.0, 6.0, 7.0, 2.0, 3.0]  # in the order of the windows
+
+
+def test_key_tokens_are_those_that_gain_from_context():
+    """The first alone: the second gains too little, the third is certain without context, the fourth is not certain with it."""
+    losses = {
+        64: np.array([1.0, 4.0, 0.5, 3.0]),
+        16: np.array([5.0, 5.0, 1.0, 6.0]),
+        32: np.array([2.0, 4.5, 0.7, 5.0]),
+    }
+    results = [{"context": context, metrics.TARGET_LOSSES: own} for context, own in losses.items()]
+    metrics.long_perplexity(results, 2.0, 2.0)
+    assert results == [
+        {"context": context, "key_tokens": 1, "key_loss": loss, "long_perplexity": pytest.approx(math.exp(loss))}
+        for context, loss in ((64, 1.0), (16, 5.0), (32, 2.0))
+    ]
+    alone = [{"context": 16, metrics.TARGET_LOSSES: losses[16]}]
+    metrics.long_perplexity(alone, 2.0, 2.0)
+    assert alone == [{"context": 16}]
+    nobody = [{"context": context, metrics.TARGET_LOSSES: losses[16]} for context in (16, 32)]
+    metrics.long_perplexity(nobody, 2.0, 2.0)
+    assert nobody[0] == {"context": 16, "key_tokens": 0, "key_loss": None, "long_perplexity": None}
 
 
 def test_padding_rows_do_not_count():
