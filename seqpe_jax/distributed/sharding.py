@@ -122,6 +122,8 @@ PARAM_AXES = {
     "encoding/directions": (None, None, None),  # of PaPE's coordinates
     "encoding/given": (None, None, None),  # precomputed position embeddings
 }
+# Parameters that are used inside `shard_map` alone, where each device gathers them.
+GATHERED_BY_EACH = ("encoding/qk_map/kernel", "encoding/qk_map/bias")
 
 
 def make_mesh(
@@ -291,7 +293,8 @@ class MeshSharding:
         """
 
         def gather(path: Any, leaf: jax.Array) -> jax.Array:
-            return self.all_gather_param(leaf, _param_axes(f"{root}/{_path_name(path)}", leaf.ndim))
+            name = f"{root}/{_path_name(path)}"
+            return leaf if name in GATHERED_BY_EACH else self.all_gather_param(leaf, _param_axes(name, leaf.ndim))
 
         return jax.tree_util.tree_map_with_path(gather, params)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from seqpe_jax.axes import POSITIONS, shard_map
 from seqpe_jax.config import ModelDims, SeqPEConfig
 from seqpe_jax.encodings.digit_encoder import DigitEncoder, initializer
 from seqpe_jax.encodings.position_signal import PositionSignal
@@ -41,10 +42,18 @@ class QKMap(nn.Module):
         lead = () if self.layers is None else (self.layers,)
         kernel = self.param("kernel", self.kernel_init, (*lead, vectors.shape[-1], 2 * self.part_width), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (*lead, 2 * self.part_width), jnp.float32)
-        if self.layers is None:
-            return vectors @ kernel + bias
-        between = (1,) * (vectors.ndim - 1)
-        return jnp.einsum("...e,lef->l...f", vectors, kernel) + bias.reshape(self.layers, *between, -1)
+        names = (*(None,) * (vectors.ndim - 2), POSITIONS, None)
+        # Each device maps its own positions, so that the gradient of the kernel is summed as it is stored.
+        product = shard_map(
+            _apply_qk_map, (vectors,), (names,), params={"qk_map": {"kernel": kernel, "bias": bias}}, root="encoding"
+        )
+        return product if self.layers is None else jnp.moveaxis(product, -2, 0)
+
+
+def _apply_qk_map(vectors: jax.Array, params: Any) -> jax.Array:
+    """Returns [..., (layers,) 2 * part_width] of vectors [..., E]."""
+    kernel, bias = params["qk_map"]["kernel"], params["qk_map"]["bias"]
+    return jnp.tensordot(vectors, kernel, ((-1,), (-2,))) + bias
 
 
 class SeqPE(nn.Module):
