@@ -216,9 +216,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from seqpe_jax.axes import BATCH, ENCODER_ROWS, HEADS, LENGTH
+from seqpe_jax.axes import BATCH, ENCODER_ROWS, HEADS, LENGTH, use_sharding
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.distributed.hardware import find_chip
+from seqpe_jax.encodings.seqpe import QKMap
 from seqpe_jax.profiling import aot
 from seqpe_jax.profiling.collectives import collectives
 from seqpe_jax.profiling.hlo import HloModule
@@ -253,6 +254,15 @@ def total(params, rows):
 
 params = {"encoder": {"block_0": {"mlp_in": {"kernel": abstract(mesh, (768, 3072), "fsdp")}}}}
 print(largest(mesh, jax.grad(total), params, abstract(mesh, (4096, 768), "fsdp")))
+
+qk_map = QKMap(None, jax.nn.initializers.zeros, 256)
+
+def total(params, vectors):
+    with use_sharding(layout.MeshSharding(mesh)):
+        return jnp.sin(qk_map.apply({"params": params}, vectors)).sum()
+
+params = {"kernel": abstract(mesh, (2048, 512), "fsdp"), "bias": abstract(mesh, (512,))}
+print(largest(mesh, jax.grad(total), params, abstract(mesh, (1, 4096, 2048), None, "fsdp")))
 """
 # Without the losses on vectors, which compile longest and hold no kernel.
 FIELDS = {
@@ -281,7 +291,7 @@ def test_devices_wait_for_no_large_sum_over_fsdp(libtpu):
         [sys.executable, "-c", WAITS], capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["0", "0"], "bytes"
+    assert max(map(int, done.stdout.split())) < 2**16, f"bytes: {done.stdout}"
 
 
 @pytest.mark.slow
