@@ -86,3 +86,13 @@ def training_metrics(data_kind: str) -> tuple[str, ...]:
       data_kind: "text", "questions", "sequences" or "images".
     """
     return (LOSS.name, *(metric.name for metric in METRICS[data_kind] if metric.while_training))
+
+
+def with_average(names: tuple[str, ...], ema: float) -> tuple[str, ...]:
+    """Returns the names of metrics with those of the moving average of the parameters, where a run has one.
+
+    Args:
+      names: metrics that evaluations during training report.
+      ema: `optimizer.ema` of the run; 0 = it has none.
+    """
+    return (*names, *(EMA + name for name in names)) if ema else names

@@ -11,6 +11,7 @@ from seqpe_jax.axes import size_label
 from seqpe_jax.config import Config
 from seqpe_jax.config.io import call_user_code, execute_file, resolve_config_path
 from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.metric_registry import with_average
 from seqpe_jax.models.build import check_encoding
 from seqpe_jax.tasks import task_class
 from seqpe_jax.trees import flatten_dict, unflatten_dict
@@ -648,7 +649,7 @@ def check_metric(metric: str, settings: Config) -> None:
     if not re.fullmatch(r"eval/\w+@[\dx]+", metric) or label not in labels:
         known = ", ".join(f"eval/NAME@{label}" for label in labels)
         raise InputError(f"'{metric}' is not measured while training. Known: {known}")
-    measured = task_class(settings).training_metrics(settings)
+    measured = with_average(task_class(settings).training_metrics(settings), settings.optimizer.ema)
     if name not in measured:
         raise InputError(f"'{metric}' is not measured while training.{suggest(name, measured)}")
 

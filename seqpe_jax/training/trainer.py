@@ -15,7 +15,7 @@ from seqpe_jax.distributed import compiler_options, processes
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.inference.compiled import CompiledModel, Progress, compiled_model, no_progress, with_mesh
 from seqpe_jax.losses.train_loss import TrainLoss
-from seqpe_jax.metric_registry import EMA
+from seqpe_jax.metric_registry import EMA, with_average
 from seqpe_jax.models.attention_context import make_plan
 from seqpe_jax.models.attention_inputs import AttentionInputs
 from seqpe_jax.models.build import ModelSpec, Params, Shape, check_encoding, matmul_precision, model_flops
@@ -256,9 +256,7 @@ def best_metric(config: Config) -> str:
     """
     if not config.checkpoint.best:
         return ""
-    names = task_class(config).training_metrics(config)
-    if config.optimizer.ema:
-        names = (*names, *(EMA + name for name in names))
+    names = with_average(task_class(config).training_metrics(config), config.optimizer.ema)
     return check_best_metric(
         config.checkpoint.best, [_metric_key(name, size) for size in config.eval_sizes for name in names]
     )
