@@ -409,7 +409,7 @@ class OptimizerConfig:
     b1: float = _field(0.9, "decay of the mean of gradients", **limits.DROP_RATE)
     b2: float = _field(0.999, "decay of the mean of squared gradients", **limits.DROP_RATE)
     epsilon: float = _field(1e-8, "added to the root of the squared gradients", low=1e-20, high=1.0, once=True)
-    momentum: float = _field(0.95, "muon, sgd: decay of the mean of gradients; 0 = none", **limits.DROP_RATE)
+    momentum: float = _field(0.95, "muon, sgd: decay of the momentum; 0 = none", **limits.DROP_RATE)
     state_dtype: Literal["float32", "bfloat16"] = _field(
         "float32", "dtype in which the mean of gradients is stored; that of squared gradients is always float32"
     )

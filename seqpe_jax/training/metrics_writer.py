@@ -1,7 +1,6 @@
 """Writes a run's metrics to metrics.jsonl and to its trackers."""
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -105,12 +104,12 @@ class MetricsWriter:
             return
         with contextlib.suppress(StoreError):  # as in `write`
             self.flush()
-        # Drawing is imported for trackers that show plots alone.
-        plots, study, images = map(
-            importlib.import_module, ("seqpe_jax.reporting.plots", "seqpe_jax.reporting.study", "PIL.Image")
-        )
+        from PIL import Image  # drawing takes long to import, and no other tracker needs it
+
+        from seqpe_jax.reporting import plots, study
+
         for plot in plots.plot_study(study.read_study(self._path.parent)):
-            image = images.open(io.BytesIO(plot.png()))
+            image = Image.open(io.BytesIO(plot.png()))
             plots.close(plot)
             for tracker in trackers:
                 tracker.write_figure(step, f"plots/{plot.name}", image)

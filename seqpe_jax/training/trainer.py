@@ -198,12 +198,14 @@ class Trainer:
     @functools.cached_property
     def _average(self) -> Callable[[TrainState], Params]:
         """The function that returns the average of the parameters of a state, within their bounds."""
-        project = optimizers.projection(self.model_spec.param_bounds)
+        settings, project = self.config.optimizer, optimizers.projection(self.model_spec.param_bounds)
 
         def average(state: TrainState) -> Params:
-            return project(optimizers.averaged_params(self.config.optimizer, state.opt_state, state.params))
+            return optimizers.averaged_params(settings, state.opt_state, state.params)
 
-        return jax.jit(average, out_shardings=self._state_shardings.params)
+        if not optimizers.evaluates_average(settings):  # it is a part of the state
+            return average
+        return jax.jit(lambda state: project(average(state)), out_shardings=self._state_shardings.params)
 
     def describe(self) -> str:
         """Returns a summary of devices, data, model and batch, one item per line."""
