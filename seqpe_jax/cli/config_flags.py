@@ -5,6 +5,7 @@ The file is executed once, by `read_config`: the flags only hold its path and th
 """
 
 import ast
+import dataclasses
 import textwrap
 import typing
 from typing import Any
@@ -33,6 +34,21 @@ class _TupleParser(flags.ArgumentParser):
         return "list"
 
 
+class _DictParser(flags.ArgumentParser):
+    """Parses Python's notation for a dict; what is none stays a text, which the config refuses by its field's name."""
+
+    syntactic_help = "a dict in Python's notation"
+
+    def parse(self, argument: str) -> Any:
+        try:
+            return ast.literal_eval(argument)
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return argument
+
+    def flag_type(self) -> str:
+        return "dict"
+
+
 def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flag --config and one flag for each field."""
     flags.DEFINE_string(
@@ -53,6 +69,8 @@ def mesh_overrides(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any
 
 
 def _flag_of_field(name: str, kind: Any) -> flags.Flag:
+    if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0]):
+        return flags.Flag(_DictParser(), flags.ArgumentSerializer(), PREFIX + name, None, "")
     if typing.get_origin(kind) is tuple:
         texts = typing.get_args(kind)[0] is str
         return flags.MultiFlag(_TupleParser(texts), flags.ArgumentSerializer(), PREFIX + name, None, "")

@@ -169,8 +169,10 @@ def call_user_code(path: str, function: Callable[[], Any]) -> Any:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the config as nested plain dicts (tuples stay tuples)."""
-    return dataclasses.asdict(config)
+    """Returns the config as nested plain dicts (tuples stay tuples); sources of a mixture by their names."""
+    values = dataclasses.asdict(config)
+    values["data"]["mixture"] = {source.pop("name"): source for source in values["data"]["mixture"]}
+    return values
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -836,6 +838,23 @@ def _expanded(value: Any, name: str) -> Any:
     return expand_path(value, local=local) if value else value
 
 
+def _named_sections(kind: type, value: Any, name: str) -> tuple[Any, ...]:
+    """Returns sections in the order of their names, which they have in a dict."""
+    if value == ():
+        return ()
+    if not isinstance(value, dict) or not all(isinstance(fields, dict) for fields in value.values()):
+        fields = ", ".join(f"'{field.name}': ..." for field in dataclasses.fields(kind)[1:])
+        raise InputError(
+            f"config field '{name}' must be a dict of sources, {{NAME: {{{fields}}}}}, got {format_value(value)}"
+        )
+    for own in value:
+        if not isinstance(own, str) or not re.fullmatch(r"[\w-]+", own):
+            raise InputError(
+                f"config field '{name}': a source's name has letters, digits, '_' and '-' alone, got {format_value(own)}"
+            )
+    return tuple(_build(kind, {"name": own} | value[own], f"{name}.{own}.") for own in sorted(value))
+
+
 def _value(hint: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is Literal:
@@ -843,6 +862,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if value not in choices:
             raise InputError(f"config field '{name}' is {format_value(value)}.{suggest(format_value(value), choices)}")
         return value
+    if origin is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        return _named_sections(typing.get_args(hint)[0], value, name)
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
             raise InputError(f"config field '{name}' must be a list, got {format_value(value)}")

@@ -46,6 +46,16 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixtureSource:
+    """One source of text of `data.mixture`, all of which `data.name` reads."""
+
+    name: str = _field("", "its name in the dict")
+    paths: tuple[str, ...] = _field((), "as data.paths", path=True)
+    prepared: str = _field("", "as data.prepared", path=True)
+    weight: float = _field(1.0, "its share of the training windows, relative to the others'", low=1e-6, high=1e6)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Data set, and the length or size of its examples."""
 
@@ -60,6 +70,12 @@ class DataConfig:
         "folder that `python -m seqpe_jax.prepare` wrote from this data set, read in place of data.paths; '' = none",
         path=True,
         of=(DATA_TEXT, DATA_IMAGE),
+    )
+    mixture: tuple[MixtureSource, ...] = _field(
+        (),
+        "several sources of text in place of data.paths: {NAME: {'paths': (...), 'weight': 1.0, 'prepared': ''}, ...}; windows are "
+        "drawn by weight",
+        of=(DATA_TEXT,),
     )
     length: int = _field(
         512,
@@ -134,6 +150,12 @@ class DataConfig:
     cache_dir: str = _field("", "folder of prepared data; '' = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE", path=True)
     threads: int = _field(1, "threads that make examples, in each process that makes some", low=1, high=256)
     workers: int = _field(0, "processes that make examples; 0 = the main one", low=0, high=256, of=IMAGE_LIKE)
+
+    @functools.cached_property
+    def mixture_weights(self) -> dict[str, float]:
+        """Share of the training windows of each source of a mixture, by name."""
+        total = sum(source.weight for source in self.mixture)
+        return {source.name: source.weight / total for source in self.mixture}
 
 
 @dataclasses.dataclass(frozen=True)

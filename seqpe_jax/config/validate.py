@@ -22,7 +22,7 @@ KERNEL_LANES = 128  # of a TPU: `attention_tpu.LANES`
 def check(config: Config) -> None:
     """Raises InputError if fields of a config contradict each other."""
     config.compat.check(config.encoding.kind)
-    registry.get(config.data.name).check_paths(config.data.paths)
+    _check_sources(config)
     registry.get(config.data.name).check_options(config.data)
     if config.data.prepared and not config.is_qa:
         registry.get(config.data.name).check_prepared()
@@ -303,6 +303,40 @@ def check_random_positions(config: Config, window: int) -> None:
         raise InputError(
             f"eval.positions='random' draws the {window} positions of a window from {drawn}: raise objective.skip.range or "
             "encoding.max_position (of a learned table encoding.table_length), or evaluate shorter inputs"
+        )
+
+
+MIN_SHARE = 1e-4  # of the windows of a mixture that a source has
+
+
+def _check_sources(config: Config) -> None:
+    """Raises InputError if the data set cannot be read from `data.paths`, or from the sources of `data.mixture`."""
+    data, dataset = config.data, registry.get(config.data.name)
+    if not data.mixture:
+        dataset.check_paths(data.paths)
+        return
+    if dataset.kind != registry.DATA_TEXT:
+        raise InputError(f"data.mixture is for text, and data.name='{data.name}' is {dataset.kind}: leave it out")
+    if data.paths or data.prepared:
+        raise InputError(
+            "data.mixture names the paths of each source: leave data.paths and data.prepared out, or name them as a source"
+        )
+    if config.eval.contexts:
+        raise InputError(
+            "eval.contexts are measured on one source of text, and data.mixture has several: leave one out"
+        )
+    for source in data.mixture:
+        try:
+            dataset.check_paths(source.paths)
+        except InputError as error:
+            raise InputError(f"data.mixture.{source.name}: {error}") from None
+        if source.prepared:
+            dataset.check_prepared()
+    small = {name: share for name, share in data.mixture_weights.items() if share < MIN_SHARE}
+    if small:
+        raise InputError(
+            f"data.mixture: '{min(small)}' has a share of {small[min(small)]:.2g} of the windows, and the least is {MIN_SHARE}: "
+            "raise its weight, or leave it out"
         )
 
 

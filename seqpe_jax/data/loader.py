@@ -1,7 +1,10 @@
 """Batches from examples with Grain: training batch i is a function of (source, batch size, seed, i)."""
 
+import bisect
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -12,6 +15,8 @@ from seqpe_jax.data.workers import start_worker
 from seqpe_jax.errors import InputError
 
 Example = dict[str, np.ndarray]
+ENDLESS = 2**62  # examples of a run, at most
+MIXTURE_BLOCK = 10_000  # examples of which each source of a mixture has its share
 
 
 class TokenArray(Protocol):
@@ -102,11 +107,93 @@ class ScoredWindows:
         return {"tokens": tokens, "scored": scored}
 
 
+class Mixture:
+    """Endless examples of several sources, drawn by weight: the example of a number is a function of seed and number alone.
+
+    Of each `MIXTURE_BLOCK` examples every source has its share, in random places. A source gives each of its examples once per
+    epoch, each epoch in another order. After a change of weights each source goes on where it is.
+
+    Args:
+      sources: random access, by name.
+      phases: (number of the first example, weight of each source) in order; the first begins at 0.
+      seed: seed of places and orders.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Sequence[Any]],
+        phases: Sequence[tuple[int, Mapping[str, float]]],
+        seed: int,
+    ):
+        self._names, self._seed = sorted(sources), seed
+        self._examples = [_shuffled(sources[name], _seed_of(seed, name)) for name in self._names]
+        self._starts = [start for start, _ in phases]
+        self._counts = [_block_counts([weights[name] for name in self._names]) for _, weights in phases]
+        self._block = functools.lru_cache(maxsize=8)(self._make_block)
+        self._before = [np.zeros(len(self._names), np.int64)]  # examples of each source before each phase
+        for phase in range(len(phases) - 1):
+            self._before.append(self._given(phase, self._starts[phase + 1]))
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, number: int) -> Any:
+        source, index = self.place(number)
+        return self._examples[source][index]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Returns (index of the source among the sorted names, number of the example among all that it gives)."""
+        phase = bisect.bisect_right(self._starts, number) - 1
+        block, place = divmod(number - self._starts[phase], MIXTURE_BLOCK)
+        sources, ranks = self._block(phase, block)
+        source = int(sources[place])
+        return source, int(self._before[phase][source] + block * self._counts[phase][source] + ranks[place])
+
+    def given(self, number: int) -> dict[str, int]:
+        """Returns the examples that each source has given before an example."""
+        phase = max(0, bisect.bisect_left(self._starts, number) - 1)
+        return dict(zip(self._names, self._given(phase, number).tolist(), strict=True))
+
+    def _given(self, phase: int, number: int) -> np.ndarray:
+        block, place = divmod(number - self._starts[phase], MIXTURE_BLOCK)
+        of_block = np.bincount(self._block(phase, block)[0][:place], minlength=len(self._names))
+        return self._before[phase] + block * self._counts[phase] + of_block
+
+    def _make_block(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the source of each example of a block, and its rank among those of its source in the block."""
+        ordered = np.repeat(np.arange(len(self._names)), self._counts[phase])
+        bits = np.random.PCG64([self._seed, phase, block]).random_raw(MIXTURE_BLOCK)
+        sources, ranks = ordered[np.argsort(bits, kind="stable")], np.empty(MIXTURE_BLOCK, np.int64)
+        for source, count in enumerate(self._counts[phase]):
+            ranks[sources == source] = np.arange(count)
+        return sources, ranks
+
+
+def _block_counts(weights: Sequence[float]) -> np.ndarray:
+    """Returns the examples of each source among `MIXTURE_BLOCK`, int64[sources]: the largest remainders are rounded up."""
+    exact = np.asarray(weights, np.float64) / sum(weights) * MIXTURE_BLOCK
+    counts = np.floor(exact).astype(np.int64)
+    missing = MIXTURE_BLOCK - counts.sum()
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    return counts
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """Returns the seed of a source's order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little") >> 1
+
+
+def _shuffled(source: Sequence[Any], seed: int) -> grain.MapDataset:
+    """Returns endless examples: each of a source once per epoch, each epoch in another order."""
+    epochs = ENDLESS // len(source)  # Grain's own endless repeat overflows in batches of one
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
+
+
 class TrainLoader:
     """Endless training batches: every example once per epoch, each epoch in another order.
 
     Args:
-      source: random access, `source[i]`.
+      source: random access, `source[i]`; or a `Mixture`, whose examples are in order already and take no `example`.
       batch_size: examples of a step over all processes.
       seed: seed of the order and of the generators.
       example: (source[i], numpy Generator) -> example; the generator depends on the seed and on the number of the
@@ -123,7 +210,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        source: Sequence[Any],
+        source: Sequence[Any] | Mixture,
         *,
         batch_size: int,
         seed: int,
@@ -139,8 +226,7 @@ class TrainLoader:
             raise ValueError(f"rows must be some of 0 to {batch_size - 1}, got {list(rows)}")
         if not len(source):
             raise InputError("the training split has no examples")
-        epochs = 2**62 // len(source)  # endless; Grain's own endless repeat overflows in batches of one
-        examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
+        examples = source if isinstance(source, Mixture) else _shuffled(source, seed)
         if example is not None:
             examples = examples.random_map(example)
         self._batches = grain.MapDataset.source(_RowsOfBatches(examples, batch_size, rows)).batch(len(rows))

@@ -73,6 +73,11 @@ def prepare(
     kind = registry.get(data.name).kind
     if data.prepared:
         raise InputError(f"data.prepared='{data.prepared}' is read by runs, not by their preparation: leave it out")
+    if data.mixture:
+        raise InputError(
+            "data.mixture is prepared one source at a time: run this with --config.data.paths of each, and name the folder as its "
+            "'prepared'"
+        )
     shared = {"paths": data.paths, "cache_dir": data.cache_dir, "shard_bytes": shard_bytes, "processes": processes}
     if kind == registry.DATA_TEXT:
         settings = {"tokenizer": data.tokenizer, "accept_lossy": data.lossy_tokenizer}

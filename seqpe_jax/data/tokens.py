@@ -47,13 +47,51 @@ class TokenSource:
         not count them.
     """
 
-    tokens: np.ndarray | TokenShards
+    tokens: "np.ndarray | TokenShards | JoinedTokens"
     bytes: int
     words: int
     documents: int
     fingerprint: str
     round_trip_loss: RoundTripLoss = RoundTripLoss()
     special_token_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+class JoinedTokens:
+    """The tokens of several sources as one array, of which slices are read."""
+
+    def __init__(self, parts: Sequence[np.ndarray | TokenShards]):
+        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        first, last, _ = index.indices(len(self))
+        found = []
+        for part, end in zip(self._parts, self._ends.tolist(), strict=True):
+            start = end - len(part)
+            if first < end and start < last:
+                found.append(np.asarray(part[max(first - start, 0) : min(last, end) - start]))
+        return np.concatenate([*found, np.empty(0, np.uint8)])
+
+
+def joined_source(sources: Mapping[str, TokenSource]) -> TokenSource:
+    """Returns the tokens of several sources one after another, with the sums of their counts."""
+    named = sorted(sources.items())
+    losses = [source.round_trip_loss for _, source in named]
+    prints = json.dumps([(name, source.fingerprint) for name, source in named])
+    return TokenSource(
+        tokens=JoinedTokens([source.tokens for _, source in named]),
+        bytes=sum(source.bytes for _, source in named),
+        words=sum(source.words for _, source in named),
+        documents=sum(source.documents for _, source in named),
+        fingerprint=hashlib.sha256(prints.encode()).hexdigest()[:32],
+        round_trip_loss=RoundTripLoss(
+            sum(loss.lost_bytes for loss in losses),
+            sum(loss.checked_bytes for loss in losses),
+            next((loss.examples for loss in losses if loss.examples), ""),
+        ),
+    )
 
 
 def token_source(

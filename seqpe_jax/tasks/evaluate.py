@@ -200,6 +200,10 @@ def _evaluate_and_print(
     words += [f"{name} {result[name]:.4g}" for name in evaluator.metric_names if name in result]
     if processes.is_main_process():
         print(f"{label}: {', '.join(words)}", flush=True)
+        for source, own in result.get("sources", {}).items():
+            words = [f"{own['tokens']:,} tokens"]
+            words += [f"{name} {own[name]:.4g}" for name in evaluator.metric_names if name in own]
+            print(f"{label}, {source}: {', '.join(words)}", flush=True)
         if cut := result.get("cut_off"):
             print(
                 f"{label}: {cut} of {result['examples']} answers take more than {evaluator.config.eval.new_tokens} tokens "
@@ -279,7 +283,10 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
             "prepared": "",
             "text_key": "text",
             "split_on": "",
+            "mixture": {},
         }
+        if registry.get(request.data).kind != registry.DATA_TEXT:
+            own["packing"] = "concatenated"
         own["raw"] = values["data"]["raw"] and request.data == values["data"]["name"]
         values["data"] |= {"name": request.data, "paths": request.paths} | own
     values["data"]["lossy_tokenizer"] |= request.lossy

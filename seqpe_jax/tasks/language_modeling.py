@@ -32,7 +32,7 @@ from seqpe_jax.metric_registry import training_metrics
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks.base import EvalContext, Evaluator, ExportSignature, Task
-from seqpe_jax.tasks.metrics import SplitSize, perplexity, perplexity_in_context
+from seqpe_jax.tasks.metrics import SplitSize, perplexity, perplexity_by_source, perplexity_in_context
 
 
 class LanguageModeling(Task):
@@ -57,7 +57,7 @@ class LanguageModeling(Task):
     metric_names = training_metrics("text")
 
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
-        self.config = config
+        self.config, self._run_dir = config, run_dir
         self.task_loss: NextTokenLoss = NextTokenLoss(z_loss=config.objective.z_loss)
         self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
         self.count_per_step = config.batch_size * config.data.length
@@ -121,20 +121,72 @@ class LanguageModeling(Task):
 
     @functools.cache  # noqa: B019  a process has few tasks
     def source(self, split: str) -> tokens.TokenSource:
-        """Returns the tokens of a split. Raises: InputError: the data cannot be read."""
+        """Returns the tokens of a split, of all sources of a mixture. Raises: InputError: the data cannot be read."""
+        found = self.sources(split)
+        return tokens.joined_source(found) if self.config.data.mixture else found[""]
+
+    @functools.cache  # noqa: B019
+    def sources(self, split: str) -> dict[str, tokens.TokenSource]:
+        """Returns the tokens of a split by source; without a mixture, those of "". Raises: InputError: as `source`."""
         data = self.config.data
-        return tokens.token_source(
-            data.name,
-            split=split,
-            tokenizer=self.tokenizer,
-            paths=data.paths,
-            cache_dir=data.cache_dir,
-            progress=is_main_process(),
-            accept_lossy=data.lossy_tokenizer,
-            prepared=data.prepared,
-            max_bytes=tokens.MAX_BYTES_PER_HOST if is_multiprocess() else None,
-            options=registry.get(data.name).options_of(data),
-        )
+        places = {one.name: (one.paths, one.prepared) for one in data.mixture} or {"": (data.paths, data.prepared)}
+        found = {}
+        for name, (paths, prepared) in places.items():
+            try:
+                found[name] = tokens.token_source(
+                    data.name,
+                    split=split,
+                    tokenizer=self.tokenizer,
+                    paths=paths,
+                    cache_dir=data.cache_dir,
+                    progress=is_main_process(),
+                    accept_lossy=data.lossy_tokenizer,
+                    prepared=prepared,
+                    max_bytes=tokens.MAX_BYTES_PER_HOST if is_multiprocess() else None,
+                    options=registry.get(data.name).options_of(data),
+                )
+            except InputError as error:
+                if not name:
+                    raise
+                raise InputError(f"data.mixture.{name}: {error}") from error
+        return found
+
+    @functools.cached_property
+    def _mixture(self) -> loader.Mixture:
+        """Training windows of the sources of `data.mixture`."""
+        config = self.config
+        windows = {}
+        for name, source in self.sources("train").items():
+            try:
+                windows[name] = loader.training_windows(source.tokens, config.data.length)
+            except InputError as error:
+                raise InputError(f"data.mixture.{name}: {error}") from None
+        phases = [(step * config.batch_size, weights) for step, weights in self._mixture_phases()]
+        return loader.Mixture(windows, phases, config.seed)
+
+    def _mixture_phases(self) -> list[tuple[int, dict[str, float]]]:
+        """Returns (first step, weight of each source) for each change of weights that a resumed run has recorded."""
+        weights = {source.name: source.weight for source in self.config.data.mixture}
+        if not self._run_dir or str(self._run_dir) == self.config.init_from:
+            return [(0, weights)]
+        run = RunDir(self._run_dir)
+        stored = {source.name: source.weight for source in run.config.data.mixture}
+        changes = []
+        for entry in run.config_history():
+            of_entry = {name.split(".")[2]: pair for name, pair in entry["changes"].items() if _is_weight(name)}
+            if of_entry:
+                changes.append((entry["step"], of_entry))
+        began = dict(stored)
+        for _, of_entry in reversed(changes):
+            began |= {name: old for name, (old, _) in of_entry.items()}
+        phases = [(0, began)]
+        for step, of_entry in changes:
+            phases.append((step, phases[-1][1] | {name: new for name, (_, new) in of_entry.items()}))
+        if len(phases) > 1 and phases[-1][1] != stored:  # of a start that was killed before it wrote config.json
+            phases.pop()
+        if weights != stored:
+            phases.append((run.latest_step() or 0, weights))
+        return phases
 
     def describe(self) -> str:
         """Returns a description of the training data for the log."""
@@ -154,7 +206,23 @@ class LanguageModeling(Task):
                 f"{source.documents:,} document{'' if source.documents == 1 else 's'}: attention stays inside, positions "
                 f"{positions}, and no first token is predicted"
             )
+        if config.data.mixture:
+            lines += self._describe_mixture()
         return "\n  ".join(lines + self._describe_lost_text(source.round_trip_loss))
+
+    def _describe_mixture(self) -> list[str]:
+        """Returns a line for each source: its share, its windows, and how often they are read."""
+        config, lines = self.config, []
+        given = self._mixture.given(config.steps * config.batch_size)
+        for name, source in self.sources("train").items():
+            windows = len(loader.training_windows(source.tokens, config.data.length))
+            epochs = given[name] / windows
+            again = f", read again from about step {round(config.steps / epochs):,} on" if epochs > 1 else ""
+            lines.append(
+                f"{name}: {config.data.mixture_weights[name]:.4g} of the windows, {len(source.tokens):,} tokens in {windows:,} "
+                f"windows, {epochs:.3g} epochs in {config.steps:,} steps{again}"
+            )
+        return lines
 
     def _describe_token(self, token: int) -> str:
         return f"{self.tokenizer.decode([token])!r} (token {token})"
@@ -193,8 +261,13 @@ class LanguageModeling(Task):
     def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
         """Returns the training batches; this process reads the given rows of each."""
         config = self.config
+        windows = (
+            self._mixture
+            if config.data.mixture
+            else loader.training_windows(self.source("train").tokens, config.data.length)
+        )
         return loader.TrainLoader(
-            loader.training_windows(self.source("train").tokens, config.data.length),
+            windows,
             batch_size=config.batch_size,
             seed=config.seed,
             rows=rows,
@@ -253,13 +326,15 @@ class LanguageModeling(Task):
 
     def check_eval_size(self, eval_size: tuple[int], split: str) -> None:
         """Raises InputError if the length cannot be evaluated on the split."""
-        (length,), tokens, limit = eval_size, len(self.source(split).tokens), self.config.eval.tokens
+        (length,), limit = eval_size, self.config.eval.tokens
         check_positions(self.config, length, "evaluation length")
-        if tokens < length + 1:
-            raise InputError(
-                f"evaluation length {length} is longer than the {split} split of {self.config.data.name} "
-                f"({tokens} tokens): choose a length below {tokens}"
-            )
+        for name, source in self.sources(split).items():
+            tokens = len(source.tokens)
+            if tokens < length + 1:
+                raise InputError(
+                    f"evaluation length {length} is longer than the {split} split of {name or self.config.data.name} "
+                    f"({tokens} tokens): choose a length below {tokens}"
+                )
         if 0 < limit < length:
             raise InputError(
                 f"eval.tokens={limit} (--tokens) is less than evaluation length {length}: raise it to {length} or more, so "
@@ -267,15 +342,23 @@ class LanguageModeling(Task):
             )
 
     def evaluate(self, ctx: EvalContext, eval_size: tuple[int], split: str) -> dict[str, Any]:
-        """Returns the perplexity in windows of one length."""
-        (length,), tokens = eval_size, self.source(split).tokens
-        limit, end = self.config.eval.tokens, self.document_end
-        batches = loader.eval_windows(tokens, length, ctx.batch_size, max_tokens=limit, document_end=end)
-        return perplexity(
-            length=length,
-            batches=batches,
-            progress=lambda done: ctx.progress(done, batches.examples),
-            **self.perplexity_arguments(ctx, split),
+        """Returns the perplexity in windows of one length; of a mixture also that of each source."""
+        (length,), limit, end = eval_size, self.config.eval.tokens, self.document_end
+        batches = {
+            name: loader.eval_windows(source.tokens, length, ctx.batch_size, max_tokens=limit, document_end=end)
+            for name, source in self.sources(split).items()
+        }
+        examples = sum(of_source.examples for of_source in batches.values())
+        arguments = self.perplexity_arguments(ctx, split) | {"progress": lambda done: ctx.progress(done, examples)}
+        if not self.config.data.mixture:
+            return perplexity(length=length, batches=batches[""], **arguments)
+        arguments["split_sizes"] = {name: self._split_size(source) for name, source in self.sources(split).items()}
+        del arguments["split_size"]
+        return perplexity_by_source(length=length, batches=batches, **arguments)
+
+    def _split_size(self, source: tokens.TokenSource) -> SplitSize:
+        return SplitSize(
+            len(source.tokens), source.bytes, source.words if self.tokenizer.name != ByteTokenizer.name else None
         )
 
     def sample_tokens(self, eval_size: tuple[int], split: str) -> np.ndarray:
@@ -284,13 +367,10 @@ class LanguageModeling(Task):
 
     def perplexity_arguments(self, ctx: EvalContext, split: str) -> dict[str, Any]:
         """Returns the arguments of `perplexity` that are the same for windows of every length."""
-        source = self.source(split)
         return {
             "token_losses": lambda tokens_BL: ctx.eval_step({"tokens": tokens_BL})["loss"],
             "put": ctx.put,
-            "split_size": SplitSize(
-                len(source.tokens), source.bytes, source.words if self.tokenizer.name != "bytes" else None
-            ),
+            "split_size": self._split_size(self.source(split)),
         }
 
     def extra_evaluators(self) -> tuple[Evaluator, ...]:
@@ -374,6 +454,11 @@ def prompt_text(content: bytes, name: str) -> str:
         return strip_bom(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{name} cannot be read ({error}): give a UTF-8 text file") from None
+
+
+def _is_weight(name: str) -> bool:
+    """Returns whether a dotted field of a config is the weight of a source of a mixture."""
+    return name.startswith("data.mixture.") and name.endswith(".weight")
 
 
 def with_run_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:

@@ -78,7 +78,48 @@ def perplexity(
     Returns:
       {"length", "tokens", "loss", "perplexity", ..., "loss_by_position"}, losses in nats per token.
     """
-    sums_L, counts_L = _sums_by_token_index(token_losses, batches, length, put, progress)
+    return _perplexity(length, *_sums_by_token_index(token_losses, batches, length, put, progress), split_size)
+
+
+def perplexity_by_source(
+    token_losses: Callable[[jax.Array], jax.Array],
+    batches: Mapping[str, Iterable[Batch]],
+    *,
+    length: int,
+    put: PutBatch,
+    split_sizes: Mapping[str, SplitSize],
+    progress: CountProgress = lambda done: None,
+) -> dict[str, Any]:
+    """Computes the perplexity of a split of several sources, over all their tokens and of each.
+
+    Args:
+      token_losses, length, put: see `perplexity`.
+      batches: see `perplexity`, by source.
+      split_sizes: size of the split of each source.
+      progress: called with the windows done.
+
+    Returns:
+      As `perplexity`, and "sources": {name: {"tokens", "loss", "perplexity", ...}}.
+    """
+    sums, counts, found, done = np.zeros(length), np.zeros(length, np.int64), {}, 0
+    for name, of_source in batches.items():
+        before = done
+
+        def after(windows: int, before: int = before) -> None:
+            progress(before + windows)
+
+        own_sums, own_counts = _sums_by_token_index(token_losses, of_source, length, put, after)
+        own = _perplexity(length, own_sums, own_counts, split_sizes[name])
+        found[name] = {key: value for key, value in own.items() if key not in ("length", "loss_by_position")}
+        sums, counts, done = sums + own_sums, counts + own_counts, before + of_source.examples
+    sizes = split_sizes.values()
+    words = None if any(size.words is None for size in sizes) else sum(size.words for size in sizes)
+    total = SplitSize(sum(size.tokens for size in sizes), sum(size.bytes for size in sizes), words)
+    return _perplexity(length, sums, counts, total) | {"sources": found}
+
+
+def _perplexity(length: int, sums_L: np.ndarray, counts_L: np.ndarray, split_size: SplitSize) -> dict[str, Any]:
+    """Returns what `perplexity` does, from sums of losses and their counts by token index."""
     tokens = int(counts_L.sum())
     groups = np.array_split(np.arange(length), min(CURVE_POINTS, length))
     groups = [group for group in groups if counts_L[group].any()]  # after the end of a document nothing is scored

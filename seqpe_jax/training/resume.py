@@ -57,6 +57,7 @@ CHANGEABLE = (
     ),
     "objective.*",
     "data.augment.*",
+    "data.mixture",  # the weights of its sources alone
     "data.prompt_weight",
     "data.question_weight",
     "model.dropout",
@@ -218,8 +219,8 @@ def check_same_run(
     # An older run's file lacks newer fields, which have their defaults, and may hold values that nothing reads.
     before, now = (with_random_bits(one, random_bits_of(run)) for one in (run.config, settings))
     lines = config.difference(_compared_values(before, change), _compared_values(now, change))
-    if others := [line for line in lines if line.partition(":")[0] not in change]:
-        names = [line.partition(":")[0] for line in others]
+    if others := [line for line in lines if _changed_field(line) not in change]:
+        names = sorted({_changed_field(line) for line in others})
         may_change = all(any(fnmatch.fnmatchcase(name, pattern) for pattern in CHANGEABLE) for name in names)
         hint = f", or --change={','.join(names)} to change them from step {step} on" if may_change else ""
         raise InputError(
@@ -242,6 +243,12 @@ def check_same_run(
     return lines
 
 
+def _changed_field(line: str) -> str:
+    """Returns the field that a line of `config.difference` is about, as --change names it."""
+    name = line.partition(":")[0]
+    return "data.mixture" if name.startswith("data.mixture.") and name.endswith(".weight") else name
+
+
 def _value(settings: Config, name: str) -> Any:
     section, _, field = name.partition(".")
     return getattr(getattr(settings, section), field)
@@ -254,6 +261,8 @@ def _compared_values(settings: Config, change: Collection[str] = ()) -> dict:
         values.pop(section, None)
     for name in ("lossy_tokenizer", "prepared", "threads", "workers"):  # none changes a result
         values["data"].pop(name)
+    for source in values["data"]["mixture"].values():
+        source.pop("prepared")
     values["data"]["bit_depth"] = values["data"]["bit_depth"] or 16  # as files were read before the field existed
     for name in ("decay_steps", "non_finite", "skips"):  # `_check_steps` compares the first; none changes past steps
         if f"optimizer.{name}" not in change:

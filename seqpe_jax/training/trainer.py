@@ -193,6 +193,9 @@ class Trainer:
                 result = evaluate_at(self.task, self.compiled, params, eval_size, "validation", progress)
                 names = self.task.training_metrics(self.config)
                 metrics |= {_metric_key(prefix + name, eval_size): result[name] for name in names}
+                for source, own in result.get("sources", {}).items():
+                    label = axes.size_label(eval_size)
+                    metrics |= {f"source/{source}/{prefix}{name}@{label}": own[name] for name in names if name in own}
         return metrics
 
     @functools.cached_property
