@@ -1,7 +1,11 @@
 """The exceptions that commands print in one line, with exit codes; imports nothing of this package."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import itertools
+import reprlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the work
 
@@ -11,6 +15,10 @@ class InputError(ValueError):
 
     Commands print the message without a traceback and exit with code 2.
     """
+
+
+class CheckpointGone(InputError):
+    """A checkpoint was removed while it was read, as a run that trains removes old ones: the next look finds another."""
 
 
 class Failure(RuntimeError):
@@ -26,10 +34,57 @@ class StoreError(OSError, Failure):
         return f"{self.filename}: {self.strerror}"
 
 
+class _ShortRepr(reprlib.Repr):
+    """Reads no more of a value than it writes; `reprlib` would write subclasses of its containers out whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, VALUE_LENGTH, VALUE_LENGTH, VALUE_LENGTH
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 12
+
+    def repr1(self, value: Any, level: int) -> str:
+        for kind in (dict, list, tuple, set, frozenset):
+            if isinstance(value, kind):
+                return getattr(self, f"repr_{kind.__name__}")(value, level)
+        return super().repr1(value, level)
+
+    def repr_dict(self, value: Any, level: int) -> str:
+        """The first keys in their own order: sorting many would take long."""
+        if level <= 0 and value:
+            return "{...}"
+        pairs = (
+            f"{self.repr1(key, level - 1)}: {self.repr1(item, level - 1)}"
+            for key, item in itertools.islice(value.items(), self.maxdict)
+        )
+        return "{" + ", ".join([*pairs, *["..."] * (len(value) > self.maxdict)]) + "}"
+
+
+VALUE_LENGTH = 120  # characters of a value in a message
+_short_repr = _ShortRepr()
+
+
+def format_value(value: Any) -> str:
+    """Returns a value as Python writes it, for messages, cut to one short line however much it holds."""
+    try:
+        text = " ".join(_short_repr.repr(value).split())
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    size = f" ({len(value)} characters)" if isinstance(value, str) and len(value) > VALUE_LENGTH else ""
+    return text + size if len(text) <= VALUE_LENGTH else f"{text[:80]}...{size}"
+
+
+def look_again(read: Callable[[], Any], times: int) -> Any:
+    """Returns read(), called up to so many times, as long as a checkpoint vanishes under it. Raises: CheckpointGone."""
+    for _ in range(times - 1):
+        with contextlib.suppress(CheckpointGone):
+            return read()
+    return read()
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean 'x'?` for the known name nearest to `name`, or the list of known names."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:VALUE_LENGTH], known, n=1)  # takes the product of the lengths
     return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(known)}."
 
 

@@ -1,6 +1,9 @@
 """`python -m seqpe_jax.evaluate`: the command of `seqpe_jax.cli.evaluate`."""
 
-from seqpe_jax.cli.evaluate import run_command
+from seqpe_jax import start_signals
 
 if __name__ == "__main__":
+    start_signals.exit_on_interrupt()
+    from seqpe_jax.cli.evaluate import run_command
+
     run_command()

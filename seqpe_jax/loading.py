@@ -19,12 +19,12 @@ from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.distributed import sharding
 from seqpe_jax.distributed.hardware import find_chip
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, look_again
 from seqpe_jax.inference.export import read_params
 from seqpe_jax.interop import torch_model, torch_reference
 from seqpe_jax.model import Model
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params
-from seqpe_jax.run_dir import PARAMS_ONLY, RunDir
+from seqpe_jax.run_dir import LOOKS, PARAMS_ONLY, RunDir
 from seqpe_jax.tasks.image_classification import known_data_spec
 from seqpe_jax.tasks.language_modeling import with_run_tokenizer
 from seqpe_jax.training import optimizer as optimizers
@@ -60,9 +60,13 @@ def load(
       InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version, weights that
         the run does not have, or a mesh that does not fit the devices or the model.
     """
-    model = open_folder(path, which, mesh, ignore_fields, weights)
-    _ = model.params
-    return model
+
+    def read() -> Model:
+        model = open_folder(path, which, mesh, ignore_fields, weights)
+        _ = model.params
+        return model
+
+    return look_again(read, LOOKS)
 
 
 def open_folder(

@@ -85,6 +85,7 @@ SIDE_FILES_KEY = "side_files"  # of that metadata: the run's folder has a digest
 TRACKERS_FILE = "trackers.json"  # identities of the run at its trackers, so that a resumed run continues their curves
 PARAMS_ONLY = "params_only"  # of that metadata: parameters without the state of an optimizer
 UPLOAD_SECONDS = 30.0  # between uploads of metrics to a bucket
+LOOKS = 5  # for a checkpoint that stays while it is read
 MAX_COUNT = 1 << 24  # maximum size of a vocabulary, and number of classes
 Exchange = Callable[[str, Any, Callable[[list[Any]], Any]], Any]  # `distributed.processes.exchange`
 Fingerprint = dict[str, Any]  # {"fingerprint": hex digits of the content, and its size, by what is counted}
@@ -448,13 +449,26 @@ class RunDir:
         return error
 
     def latest_valid_step(self) -> tuple[int | None, dict[AnyPath, str]]:
-        """Returns the newest undamaged step, or None, and the newer damaged ones: folder -> description of the damage."""
+        """Returns the newest undamaged step, or None, and the newer damaged ones: folder -> description of the damage.
+
+        Checkpoints that a run which trains removes meanwhile are not damaged: `LOOKS` times it is looked for others.
+        """
         damaged: dict[AnyPath, str] = {}
-        for step in reversed(self.steps()):
-            error = self.checkpoint_error(step)
-            if not error:
-                return step, damaged
-            damaged[self.step_dir(step)] = error
+        for _ in range(LOOKS):
+            damaged, gone = {}, False
+            for step in reversed(self.steps()):
+                try:
+                    error = self.checkpoint_error(step)
+                except FileNotFoundError as missing:
+                    error = f"{missing.filename} is missing"
+                if not error:
+                    return step, damaged
+                if self.step_dir(step).is_dir():
+                    damaged[self.step_dir(step)] = error
+                else:
+                    gone = True
+            if not gone:
+                break
         return None, damaged
 
     def latest_step(self) -> int | None:
@@ -496,7 +510,7 @@ class RunDir:
             )
         key = f"eval/{metric.removeprefix('eval/')}"
         for step in self.steps():
-            if error := self.checkpoint_error(step):
+            if (error := self.checkpoint_error(step)) and self.step_dir(step).is_dir():
                 raise InputError(
                     f"checkpoint {self.step_dir(step)} is damaged ({error}) and may be the best: put back a copy of it, or "
                     "use --which=latest"
@@ -519,6 +533,8 @@ class RunDir:
             try:
                 meta = parse_json((path / META_FILE).read_text())
             except (OSError, ValueError) as error:
+                if not path.is_dir():  # removed by a run that trains
+                    continue
                 raise InputError(f"checkpoint {path} is damaged ({META_FILE} cannot be read: {error})") from error
             value = metric_in(meta, metric)
             if value is not None:

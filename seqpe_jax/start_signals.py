@@ -24,6 +24,18 @@ def exit_on_signal() -> None:
             signal.signal(number, _exit)
 
 
+def exit_on_interrupt() -> None:
+    """Exits at once on SIGINT, while modules are imported, where an exception would be a traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def release_interrupt() -> None:
+    """Gives SIGINT back: from here on it is a KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) == _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def release() -> None:
     """Gives the signals back: among several processes JAX handles SIGTERM itself."""
     for number in NUMBERS:
@@ -41,6 +53,11 @@ def repeat_dropped_signals() -> None:
     """Installs the hook that sends a signal again whose exception Python drops; called once by each command."""
     if not isinstance(sys.unraisablehook, _RepeatSignal):
         sys.unraisablehook = _RepeatSignal(sys.unraisablehook)
+
+
+def _interrupted(*_: Any) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 class _RepeatSignal:

@@ -1,6 +1,9 @@
 """`python -m seqpe_jax.sweep`: the command of `seqpe_jax.cli.sweep`."""
 
-from seqpe_jax.cli.sweep import run_command
+from seqpe_jax import start_signals
 
 if __name__ == "__main__":
+    start_signals.exit_on_interrupt()
+    from seqpe_jax.cli.sweep import run_command
+
     run_command()

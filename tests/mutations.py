@@ -1,19 +1,27 @@
 """Command lines, config files and stored files with the faults of mistakes, accidents and malice, drawn by Hypothesis."""
 
+import copy
 import dataclasses
 import json
 import os
 import pathlib
 import stat
+import sys
 import typing
+import zipfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import save_file
 
 from seqpe_jax import config
+from seqpe_jax.data import formats, tokenizers
+from seqpe_jax.data.datasets import image_base
+from seqpe_jax.interop import hf, hf_families, hf_images, hf_rope, pickles, torch_config, torch_reference
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
@@ -212,10 +220,30 @@ def device(path: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A command line, and the files of its folder that are changed before."""
+    """A command line, and the files of its folder that are changed before.
+
+    Attributes:
+      words: the command and its arguments.
+      files: new content of files by name.
+      base: the command line of `COMMANDS` that it was made from.
+    """
 
     words: tuple[str, ...]
     files: dict[str, bytes]
+    base: tuple[str, ...] = ()
+
+    def smaller(self) -> Iterator["Case"]:
+        """Yields cases with one change less."""
+        for name in self.files:
+            yield dataclasses.replace(self, files={other: self.files[other] for other in self.files if other != name})
+        if self.base and self.words != self.base:
+            yield dataclasses.replace(self, words=self.base)
+        for index in range(1, len(self.words)):
+            if self.words[index] not in self.base:
+                yield dataclasses.replace(self, words=self.words[:index] + self.words[index + 1 :])
+            if len(self.words) == len(self.base) and self.words[index] != self.base[index]:
+                changed = (*self.words[:index], self.base[index], *self.words[index + 1 :])
+                yield dataclasses.replace(self, words=changed)
 
     @property
     def key(self) -> str:
@@ -239,7 +267,7 @@ def cases(draw: st.DrawFn, folder: pathlib.Path) -> Case:
             _file(draw, draw(st.sampled_from(reads)), files, folder)
         else:
             change(draw, words)
-    return Case(tuple(words), files)
+    return Case(tuple(words), files, chosen)
 
 
 TYPES = config.field_types()
@@ -296,17 +324,19 @@ def _file(draw: st.DrawFn, name: str, files: dict[str, bytes], folder: pathlib.P
     path = folder / name
     if not path.exists():
         return
-    content = files.get(name, path.read_bytes())
+    files[name] = draw(damaged(name, files.get(name, path.read_bytes())))
+
+
+@st.composite
+def damaged(draw: st.DrawFn, name: str, content: bytes) -> bytes:
+    """Draws a file with a change: its JSON at one place, a few bytes, or all of it."""
     how = draw(st.sampled_from(("json", "json", "bytes", "cut", "all")))
     if how == "all":
-        files[name] = draw(st.sampled_from(CONTENTS))
-    elif how == "json" and name.endswith((".json", ".jsonl")):
-        files[name] = _json(draw, content)
-    elif content:
-        at = draw(st.integers(0, len(content) - 1))
-        files[name] = (
-            content[:at] if how == "cut" else content[:at] + draw(st.binary(min_size=1, max_size=3)) + content[at + 1 :]
-        )
+        return draw(st.sampled_from(CONTENTS))
+    if how == "json" and name.endswith((".json", ".jsonl")):
+        return _json(draw, content)
+    at = draw(st.integers(0, max(len(content) - 1, 0)))
+    return content[:at] if how == "cut" else content[:at] + draw(st.binary(min_size=1, max_size=3)) + content[at + 1 :]
 
 
 def _json(draw: st.DrawFn, content: bytes) -> bytes:
@@ -337,3 +367,157 @@ def _json(draw: st.DrawFn, content: bytes) -> bytes:
         node[key] = draw(VALUES)
     lines[number] = json.dumps(value).encode()
     return b"\n".join(lines) + b"\n"
+
+
+# --- Settings of other programs, and files, that are read in this process
+
+SIZES = {"vocab_size": 40, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+SIZES |= {"n_layer": 2, "n_embd": 48, "n_head": 3}
+POSITIONS = {
+    "PE_TYPE": "seq_pe",
+    "PE_APPLY_METHOD": "attn_mul",
+    "PE_EMBED_DIM": 48,
+    "PE_DATA_DIM": 2,
+    "PE_MAX_POSITION": 10_000,
+    "NUM_ATTENTION_HEADS": 3,
+    "SEQPE_LAYER_NUM": 2,
+    "SEQPE_MAX_DIGITS": 2,
+    "USE_PE_MULTI_HEAD": True,
+    "USE_PE_QK_PER_LAYER": "multi",
+}
+TIMM = {"architecture": "vit_tiny_patch16_224", "num_classes": 9, "num_features": 192, "global_pool": "token"}
+TIMM |= {"model_args": {"img_size": 32, "num_heads": 3}, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+ROPE = {"rope_theta": 1e4, "max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": 2.0}}
+
+
+def foreign_settings() -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the files of settings of a folder in each foreign format, and their fields; none has weights."""
+    found = {
+        "reference": {
+            "config.json": {"model_type": "gpt2", "vocab_size": 40, "n_layer": 2, "n_embd": 48, "n_head": 3},
+            "pe_config.json": POSITIONS | {"PE_APPLY_METHOD": "attn_scalar", "PE_DATA_DIM": 1, "SEQPE_MAX_DIGITS": 5},
+            "train_args.json": {"block_size": 32},
+        },
+        "reference_images": {
+            "config.json": POSITIONS
+            | {
+                "MODEL": {"TYPE": "vit_s_16", "NUM_HEADS": 3, "DROP_PATH_RATE": 0.1},
+                "DATA": {"IMG_SIZE": 32},
+                "TRAIN": {},
+            }
+        },
+        "timm": {"config.json": TIMM},
+        "vit": {"config.json": {"model_type": "vit", "hidden_size": 48, "num_attention_heads": 3, "image_size": 32}},
+    }
+    for kind, family in hf_families.FAMILIES.items():
+        required = {
+            name: SIZES[name] for name, (_, default) in family.fields.items() if default is hf_families.REQUIRED
+        }
+        found[kind] = {"config.json": {"model_type": kind} | required | (ROPE if family.has_rope else {})}
+    return copy.deepcopy(found)  # draws change it
+
+
+def foreign_fields(format: str, file: str) -> tuple[str, ...]:
+    """Returns the names of the fields that are known in a file of a format."""
+    reference = (*torch_reference.PE_FIELDS, *torch_reference.ENCODER_FIELDS)
+    known = {
+        "reference": {"pe_config.json": reference, "train_args.json": ("block_size",)},
+        "reference_images": {"config.json": (*reference, "MODEL", "DATA", "TRAIN")},
+        "timm": {"config.json": (*hf_images.TIMM_FIELDS, *hf_images.TIMM_ARGUMENTS, *hf_images.TIMM_SIDES)},
+        "vit": {"config.json": (*hf_images.HF_FIELDS, *hf_images.HF_SIDES, "qkv_bias")},
+    }
+    family = hf_families.FAMILIES.get(format, hf_families.FAMILIES["gpt2"])
+    rope = tuple(sorted(hf_rope.ROPE_KEYS)) if family.has_rope else ()
+    return known.get(format, {}).get(file, (*family.fields, *rope))
+
+
+FOREIGN_VALUES = (
+    LEAVES
+    | st.sampled_from(
+        (-1, 3, 48, 0.5, 1e-320, 1e30, 2**24, 10**5000, "causal", "gelu", [1], ["x"], {"x": 1}, [[[1]] * 9] * 9)
+    )
+    | VALUES
+)
+
+
+@st.composite
+def foreign_cases(draw: st.DrawFn) -> tuple[str, dict[str, bytes]]:
+    """Draws (format, files of settings) with one to three fields that are other than they were, or damaged files."""
+    by_format = foreign_settings()
+    chosen = draw(st.sampled_from(tuple(by_format)))
+    settings = by_format[chosen]
+    for _ in range(draw(st.sampled_from((1, 1, 2, 3)))):
+        file = draw(st.sampled_from(tuple(settings)))
+        section = settings[file]
+        inner = tuple(name for name, value in section.items() if isinstance(value, dict))
+        if inner and draw(st.booleans()):
+            section = section[draw(st.sampled_from(inner))]
+            names = (*section, "factor", "rope_type", "IMG_SIZE", "NUM_HEADS", "TYPE", "img_size", "num_heads", "std")
+        else:
+            names = foreign_fields(chosen, file)
+        section[draw(st.sampled_from(names))] = draw(FOREIGN_VALUES)
+    files = {name: _dump(content) for name, content in settings.items()}
+    if draw(st.sampled_from((False, False, False, True))):
+        name = draw(st.sampled_from(tuple(files)))
+        files[name] = draw(damaged(name, files[name]))
+    return chosen, files
+
+
+def _dump(content: Any) -> bytes:
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)  # a file may hold numbers that Python would not write
+    try:
+        return json.dumps(content).encode()
+    finally:
+        sys.set_int_max_str_digits(before)
+
+
+def read_foreign(format: str, folder: pathlib.Path) -> None:
+    """Reads the settings of a folder as `load` does, and what follows from them without its weights."""
+    if format == "reference_images":
+        settings = hf.read_mapping(folder / "config.json")
+        arrays = {"patch_embed.proj.weight": np.zeros((48, 3, 8, 8)), "head.weight": np.zeros((9, 48))}
+        arrays |= {"blocks.0.mlp.fc1.weight": np.zeros((192, 48))}
+        torch_config.config_from_spec(torch_reference._image_spec(folder / "config.json", settings, arrays))
+        return
+    torch_reference.read(folder)
+
+
+def write_readable(folder: pathlib.Path) -> dict[str, Callable[[pathlib.Path], object]]:
+    """Fills a folder with a file for each reader, and returns the readers by the name of their file."""
+    folder.mkdir(parents=True)
+    content = (
+        b"\x80\x02}U\x01wctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ"
+    )
+    content += b"K\x00(K\x02K\x02t(K\x02K\x01t\x89ccollections\nOrderedDict\n)RtRs."
+    with zipfile.ZipFile(folder / "model.pth", "w") as archive:
+        archive.writestr("model/data.pkl", content)
+        archive.writestr("model/data/0", np.arange(4, dtype=np.float32).tobytes())
+    save_file({"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.int8)}, folder / "model.safetensors")
+    _write_tokenizer(folder / "tokenizer.json")
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(folder / "image.png")
+    Image.fromarray(np.arange(100, dtype=np.uint8).reshape(10, 10)).save(folder / "image.jpg")
+    lines = [{"step": 1, "time": 2.5, "train/loss": 3.0}, {"step": 2, "time": 3.5, "train/loss": 2.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.json").write_text(json.dumps(config.to_dict(tiny_config())))
+    (folder / "sizes.json").write_text('{"vocabulary": 9, "channels": 3, "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}')
+    (folder / "data.json").write_text('{"train": {"tokens": 7, "fingerprint": "0a1b2c3d4e5f6789"}}')
+    (folder / "classes.json").write_text('["one", "two"]')
+    (folder / "lines.txt").write_text("".join(f"line {number} of text\n" for number in range(40)))
+
+    def run(path: pathlib.Path) -> RunDir:
+        return RunDir(path.parent)
+
+    return {
+        "model.pth": pickles.read,
+        "model.safetensors": hf.read_safetensors,
+        "tokenizer.json": lambda path: tokenizers.load_tokenizer(path).encode(b"line 12 of text"),
+        "image.png": lambda path: image_base.read_rgb(str(path), "one", "mend it"),
+        "image.jpg": lambda path: image_base.read_rgb(str(path), "one", "mend it", upright=True),
+        "metrics.jsonl": lambda path: run(path).read_metrics(),
+        "config.json": lambda path: run(path).config,
+        "sizes.json": lambda path: run(path).data_spec,
+        "data.json": lambda path: run(path).fingerprints,
+        "classes.json": lambda path: run(path).class_names,
+        "lines.txt": lambda path: formats.check_text_file(path),
+    }

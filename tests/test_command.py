@@ -1,23 +1,19 @@
 """Flags of the commands: fields of the config, refusals in one line, help, and the settings of each process."""
 
-import gc
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 import types
 
 import pytest
 from absl import flags
 
-from seqpe_jax import config, start_signals
+from seqpe_jax import config
 from seqpe_jax.__main__ import COMMANDS
-from seqpe_jax.cli import config_flags
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.distributed import processes
 from seqpe_jax.errors import InputError
-from seqpe_jax.training import checkpoint
 from tests.tiny import ROOT
 
 
@@ -129,49 +125,35 @@ runpy.run_module("seqpe_jax.train", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_during_imports_ends_training_with_the_code_that_restarts_it(name):
+@pytest.mark.parametrize(
+    "name, code, words",
+    [("SIGTERM", 75, "SIGTERM: there is"), ("SIGHUP", 75, "SIGHUP: there is"), ("SIGINT", 130, "int")],
+)
+def test_a_signal_during_imports_ends_training_in_one_line(name, code, words):
+    """Schedulers restart on 75."""
     script = IMPORT_AND_SIGNAL.replace("{name}", name)
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stderr.count("\n")) == (75, 1) and result.stderr.startswith(f"{name}: there is")
+    assert (result.returncode, result.stderr.count("\n")) == (code, 1) and result.stderr.startswith(words)
 
 
-@pytest.mark.parametrize("number, code, error", [(signal.SIGINT, None, KeyboardInterrupt), (15, 143, SystemExit)])
-def test_a_signal_is_not_lost_where_python_drops_exceptions(monkeypatch, number, code, error):
-    """During a callback of the garbage collector, and during the `__del__` of an object; other errors go to the hook."""
-    reported, sent = [], []
-    monkeypatch.setattr(sys, "unraisablehook", lambda one: reported.append(one.exc_value))
-    for _ in range(2):
-        start_signals.repeat_dropped_signals()
-    sys.unraisablehook = checkpoint._IgnoreClosedLoop(sys.unraisablehook)  # as a run's
-
-    class Deleted:
-        def __del__(self):
-            signal.raise_signal(number)
-
-    def callback(phase, _):
-        if phase == "stop" and not sent:
-            sent.append(number)
-            signal.raise_signal(number)
-
-    def collect():
-        gc.callbacks.append(callback)
-        gc.collect(0)
-
-    before = signal.signal(number, signal.default_int_handler if code is None else lambda *_: sys.exit(code))
+def test_an_interrupt_that_became_another_error_is_one():
+    """As of a C extension that is being imported; other errors are not."""
     try:
-        for drop in (collect, Deleted):
-            with pytest.raises(error) as caught:
-                drop()
-                time.sleep(10)
-            assert code is None or caught.value.code == code
-        assert not reported
-        for other in (ValueError("other"), SystemExit(3), SystemExit("text"), SystemExit(True)):
-            sys.unraisablehook(types.SimpleNamespace(exc_value=other))
-            assert reported.pop() is other
-    finally:
-        signal.signal(number, before)
-        gc.callbacks.remove(callback)
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+    except ImportError as error:
+        assert common._is_interrupted(error) and not common._is_interrupted(ImportError("other"))
+
+
+def test_what_is_missing_is_named_and_long_messages_are_cut():
+    words = [sys.executable, "-m", "seqpe_jax.evaluate"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.startswith("error: --checkpoint is missing: workdir of a run")
+    short, long = common._one_line("a\nb \udcff"), common._one_line("no such file: " + "long/" * 2000 + " and so on")
+    assert short == "a b \\udcff" and len(long) < 2100 and long.startswith("no such") and long.endswith("and so on")
 
 
 FAULTY = {

@@ -6,8 +6,9 @@ import types
 import pytest
 
 from seqpe_jax import config, files
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import CheckpointGone, InputError, look_again
 from seqpe_jax.run_dir import RunDir
+from seqpe_jax.training.checkpoint import Checkpointer
 from tests.tiny import tiny_config
 
 
@@ -31,6 +32,38 @@ def test_files_come_back_and_are_read_once(path):
     assert run.config.steps == 3
     with pytest.raises(InputError, match="the data of the run of .* have changed .*train: 7 tokens .* -> 8 tokens"):
         run.check_same_data({"train": {"tokens": 8, "fingerprint": "f" * 16}})
+
+
+def test_checkpoints_that_are_removed_while_they_are_read_are_not_damaged(tmp_path, monkeypatch):
+    """As a run that trains removes them: the next one is read, and a reader begins anew."""
+    run = RunDir(tmp_path)
+    run.step_dir(2).mkdir(parents=True)
+
+    def removed(path):
+        if path.name != "2":
+            return ""
+        path.rmdir()
+        run.step_dir(4).mkdir()
+        return "state is missing"
+
+    monkeypatch.setattr("seqpe_jax.run_dir._checkpoint_error", removed)
+    assert run.latest_valid_step() == (4, {})
+    run.step_dir(6).mkdir()
+    monkeypatch.setattr("seqpe_jax.run_dir._checkpoint_error", lambda path: "state is missing" * (path.name == "6"))
+    assert run.latest_valid_step() == (4, {run.step_dir(6): "state is missing"})
+
+    found = iter((CheckpointGone("one"), CheckpointGone("two"), 4))
+
+    def read():
+        if isinstance(one := next(found), Exception):
+            raise one
+        return one
+
+    assert look_again(read, 3) == 4
+    checkpoints = Checkpointer(tmp_path, create=False)
+    assert isinstance(checkpoints._unreadable(2, ValueError("no such file")), CheckpointGone)
+    assert "delete that folder" in str(checkpoints._unreadable(4, ValueError("no such file")))
+    checkpoints.close()
 
 
 def test_starts_are_counted_from_the_first_of_the_same_run(path, monkeypatch):

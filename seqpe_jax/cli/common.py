@@ -17,13 +17,14 @@ from absl import flags
 from seqpe_jax import config, start_signals
 from seqpe_jax.cli import config_flags
 from seqpe_jax.config import Config
-from seqpe_jax.errors import Failure, InputError
+from seqpe_jax.errors import Failure, InputError, look_again
 from seqpe_jax.files import check_readable, check_writable, expand_path
-from seqpe_jax.run_dir import check_output_path
+from seqpe_jax.run_dir import LOOKS, check_output_path
 from seqpe_jax.trees import flatten_dict
 
 flags.disclaim_key_flags()  # the flags of `define_process_flags` belong to the command that calls it
 _COMMAND = ["__main__"]  # name of the command's module; `run` sets it
+MAX_MESSAGE = 2000  # characters of a line about an error
 PROCESS_FLAGS = ("coordinator", "num-processes", "process-id", "start-timeout")
 
 
@@ -144,14 +145,16 @@ def start_processes(read: Callable[[], Config | None] = lambda: None) -> Config 
     return settings
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, reads_checkpoints: bool = False) -> None:
     """Parses the flags, calls `main`, and exits with 0, 2 on bad input (one line), or the code of a `Failure`.
 
     Args:
       main: function of the command's module, whose docstring and flags `--help` prints.
+      reads_checkpoints: call it again where a run that trains has removed the checkpoint that it read.
     """
     _replace_closed_streams()
     start_signals.repeat_dropped_signals()
+    start_signals.release_interrupt()
     module = sys.modules[main.__module__]
     _COMMAND[:] = [module.__name__]
     _answer_help(module, sys.argv[1:])
@@ -160,7 +163,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         _parse_flags(sys.argv)
         processes.configure_malloc()
-        main()
+        look_again(main, LOOKS if reads_checkpoints and not processes.is_multiprocess() else 1)
         sys.stdout.flush()
         processes.shutdown()
     except (InputError, flags.Error) as error:
@@ -176,11 +179,20 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         processes.abort(130, "interrupted")
     except Exception as error:
+        if _is_interrupted(error):
+            processes.abort(130, "interrupted")
         if not processes.is_multiprocess():
             raise
         processes.wait_for_abort()
         traceback.print_exc()
         processes.abort(1, _one_line(f"failed: {type(error).__name__}: {error}"))
+
+
+def _is_interrupted(error: BaseException | None) -> bool:
+    """Returns whether SIGINT caused an error: an extension module that is being imported reports another than it got."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _replace_closed_streams() -> None:
@@ -222,6 +234,8 @@ def _parse_flags(argv: list[str]) -> None:
         rest = flags.FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         raise config_flags.unknown_flag(error.flagname) or error from error
+    except flags.IllegalFlagValueError as error:
+        raise _missing_flag(error) or error from error
     for name, count in _occurrences().items():
         if count - earlier.get(name, 0) > 1:
             raise InputError(
@@ -229,6 +243,12 @@ def _parse_flags(argv: list[str]) -> None:
             )
     if rest:
         raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
+
+
+def _missing_flag(error: flags.IllegalFlagValueError) -> InputError | None:
+    """Returns the error for a flag that must be given and is not; None for other errors."""
+    found = re.search(r"Flag --(\S+) must have a value other than None", str(error))
+    return InputError(f"--{found[1]} is missing: {flags.FLAGS[found[1]].help}") if found else None
 
 
 def _occurrences() -> dict[str, int]:
@@ -244,4 +264,6 @@ def _describe(error: OSError) -> str:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split()).encode("utf-8", "backslashreplace").decode()
+    """Returns a message in one line; of one that is very long, as with a path of 4 kB in it, the middle is left out."""
+    text = " ".join(str(message).split()).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 2 :]}"

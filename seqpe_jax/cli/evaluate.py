@@ -186,4 +186,4 @@ def main() -> None:
 def run_command() -> None:
     """Runs the command with the arguments of the process, and exits with its code on an error."""
     flags.mark_flag_as_required("checkpoint")
-    common.run(main)
+    common.run(main, reads_checkpoints=True)

@@ -50,4 +50,4 @@ def main() -> None:
 def run_command() -> None:
     """Runs the command with the arguments of the process, and exits with its code on an error."""
     flags.mark_flags_as_required(["checkpoint", "output"])
-    common.run(main)
+    common.run(main, reads_checkpoints=True)

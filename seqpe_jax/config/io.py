@@ -30,11 +30,11 @@ from seqpe_jax.config.encodings import (
     any_encoding,
     kinds_with,
 )
-from seqpe_jax.config.limits import LARGEST, check_range, format_value
+from seqpe_jax.config.limits import LARGEST, check_range
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, MeshConfig
 from seqpe_jax.config.validate import check, check_heads, check_overrides_used
 from seqpe_jax.data import registry
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError, format_value, suggest
 from seqpe_jax.files import as_path, expand_path
 from seqpe_jax.trees import flatten_dict
 

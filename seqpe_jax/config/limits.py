@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, format_value
 
 # Size of numbers in float32, the type of all arithmetic: smaller ones are denormal, larger ones may overflow.
 SMALLEST = 2.0**-126
@@ -78,7 +78,7 @@ def check_range(value: Any, limits: Mapping[str, Any], name: str, new: bool = Tr
     """
     for item in value if isinstance(value, tuple) else (value,):
         is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
-        if is_number and not _within(item, limits, new):
+        if is_number and not within(item, limits, new):
             raise InputError(f"config field '{name}' must be {format_range(limits)}, got {format_value(value)}")
         if isinstance(item, float) and item and not SMALLEST <= abs(item) <= LARGEST:
             raise InputError(
@@ -87,16 +87,8 @@ def check_range(value: Any, limits: Mapping[str, Any], name: str, new: bool = Tr
             )
 
 
-def format_value(value: Any) -> str:
-    """Returns a value for messages, cut to one line."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 120 else f"{text[:80]}... ({len(text)} characters)"
-
-
-def _within(value: float, limits: Mapping[str, Any], new: bool) -> bool:
+def within(value: float, limits: Mapping[str, Any], new: bool = True) -> bool:
+    """Returns whether a number is within limits; new: it is for a new run, not a stored one."""
     if value == 0 and (limits.get("zero") or limits.get("once") and not new):
         return True
     low, high, below = (limits.get(name) for name in ("low", "high", "below"))

@@ -216,7 +216,8 @@ class HFTokenizer:
         decoded = [_decode_utf8(text) for text in texts]
         try:
             encoded = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:
+            _reraise_others(error)
             raise InputError(
                 f"tokenizer '{self.name}' cannot encode the text ({error}): give one that has a token for every character, "
                 'such as a byte-level one, or data.tokenizer="bytes"'
@@ -224,8 +225,13 @@ class HFTokenizer:
         return [np.array(one.ids, self._dtype) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids, special tokens included."""
-        return self._tokenizer.decode(_check_ids(ids, self).tolist(), skip_special_tokens=False)
+        """Returns the text of ids, special tokens included. Raises: InputError: the tokenizer's decoder fails."""
+        given = _check_ids(ids, self).tolist()
+        try:
+            return self._tokenizer.decode(given, skip_special_tokens=False)
+        except BaseException as error:
+            _reraise_others(error)
+            raise InputError(f"tokenizer '{self.name}' cannot decode tokens ({error}): repair its decoder") from None
 
     def lost_characters(self, text: str) -> collections.Counter[str]:
         """Counts the characters that encoding and decoding does not give back, at any position of the text.
@@ -248,13 +254,20 @@ class HFTokenizer:
             _write(directory, json.dumps(eos).encode(), TOKENIZER_CONFIG_FILE)
 
 
+def _reraise_others(error: BaseException) -> None:
+    """Raises an error again that is not the library's: it raises bare Exception, and PanicException, a BaseException."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
 def _build(content: bytes, file: AnyPath) -> Any:
     """Returns the `tokenizers.Tokenizer` of a tokenizer.json. Raises: InputError: it is none."""
     import tokenizers
 
     try:
         return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:
+        _reraise_others(error)
         raise _not_a_tokenizer(file, error) from None
 
 
@@ -277,7 +290,8 @@ def _tokenizer_json(file: AnyPath) -> bytes:
         lines = _read(merges).decode("utf-8").splitlines()
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         return tokenizers.ByteLevelBPETokenizer(parse_json(_read(vocabulary)), pairs).to_str().encode()
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:
+        _reraise_others(error)
         raise InputError(
             f"vocab.json and merges.txt in '{file.parent}' are no tokenizer ({error}): repair them, or give a tokenizer.json"
         ) from None

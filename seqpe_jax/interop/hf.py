@@ -11,12 +11,14 @@ import safetensors
 import yaml
 
 from seqpe_jax.data.tokenizers import TOKENIZER_FILE_SETS
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError, format_value, suggest
 from seqpe_jax.files import parse_json
 from seqpe_jax.interop import pickles
+from seqpe_jax.interop.settings import check_names
 
 MODEL_FILE = "model.safetensors"
 PICKLED_MODEL_FILE = "pytorch_model.bin"
+MAX_YAML = 2**20  # characters; PyYAML takes a minute for a megabyte
 
 
 def read_mapping(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]:
@@ -32,22 +34,42 @@ def read_mapping(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]
     if missing and not file.is_file():
         return {}
     try:
-        found = _parse(file.read_text())
+        found = _parse(file.read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, an impossible date, nested too deep
         raise InputError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict):
         raise InputError(f"{file} must hold a mapping of settings")
+    check_names(str(file), found)
     return found
+
+
+class _Loader(yaml.SafeLoader):
+    """A reader of YAML without aliases, ten lines of which may stand for more than fits into memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Returns the next node. Raises: ValueError: it is an alias of another."""
+        if self.check_event(yaml.events.AliasEvent):
+            raise ValueError(
+                f"line {self.peek_event().start_mark.line + 1} repeats a value by an alias (*): write it out"
+            )
+        return super().compose_node(parent, index)
 
 
 def _parse(content: str) -> Any:
     """Returns the content of a JSON file, or of a YAML file, whose numbers such as 1e-06 would be texts."""
     try:
         return parse_json(content)
-    except ValueError:
-        return yaml.safe_load(content)
+    except ValueError as error:
+        if len(content) > MAX_YAML:
+            raise ValueError(f"{error}; YAML of more than {MAX_YAML} characters is no file of settings") from None
+        try:
+            return yaml.load(content, _Loader)  # noqa: S506  a safe one
+        except yaml.YAMLError:
+            if content.lstrip().startswith("{"):
+                raise error from None
+            raise
 
 
 def without_fields(file: pathlib.Path, settings: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
@@ -77,8 +99,8 @@ def without_fields(file: pathlib.Path, settings: Mapping[str, Any], ignored: Col
 
 def require_value(file: pathlib.Path, name: str, value: Any, required: Any) -> None:
     """Raises InputError where a field has another value than the only one that this code computes."""
-    if value != required:
-        raise InputError(f"{file}: field '{name}' is {value!r}, only {required!r} is supported")
+    if isinstance(value, bool) != isinstance(required, bool) or value != required:  # 1 is not true
+        raise InputError(f"{file}: field '{name}' is {format_value(value)}, only {required!r} is supported")
 
 
 def read_weights(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], list[pathlib.Path]]:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import TOKENIZER_CONFIG_FILE, load_tokenizer, write_byte_level
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError, format_value, suggest
 from seqpe_jax.files import apply_umask, as_path, atomic_dir, require_empty
 from seqpe_jax.interop import hf, hf_families, hf_weights, weights
 from seqpe_jax.interop.foreign import Arrays, ForeignCheckpoint
@@ -53,8 +53,8 @@ def read(path: pathlib.Path, settings: Settings) -> ForeignCheckpoint:
     kind = settings.get("model_type", "gpt2")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
-            f"{file}: model_type {kind!r} is none of the decoders that can be read, {', '.join(FAMILIES)}."
-            f"{suggest(str(kind), FAMILIES)}"
+            f"{file}: model_type {format_value(kind)} is none of the decoders that can be read, {', '.join(FAMILIES)}."
+            f"{suggest(format_value(kind), FAMILIES)}"
         )
     family = FAMILIES[kind]
     config = family.config(file, settings)

@@ -14,10 +14,11 @@ from seqpe_jax import config as configs
 from seqpe_jax.config import Config, ModelConfig
 from seqpe_jax.config.decoder_presets import GATED_ACTIVATIONS, Parts, by_layer
 from seqpe_jax.config.limits import LAYERS
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError, format_value, suggest
 from seqpe_jax.interop import torch_config
 from seqpe_jax.interop.hf import require_value
 from seqpe_jax.interop.hf_rope import ROPE_KEYS, rope_from_hf, rope_to_hf
+from seqpe_jax.interop.settings import COUNT, SIZE, Field
 
 Settings = Mapping[str, Any]
 REQUIRED = object()  # default of a field that a folder must have
@@ -47,14 +48,6 @@ COMMON_VALUES = {
     "use_bfloat16": False,
 }
 LAYER_COUNTS = {"num_hidden_layers", "n_layer"}
-MAX_SIZE = 2**30  # of a whole number in a config.json
-TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
-    int: ("a whole number", (int,)),
-    float: ("a number", (int, float)),
-    bool: ("true or false", (bool,)),
-    str: ("a name", (str,)),
-    list: ("a list", (list, tuple)),
-}
 # Name of a function in Hugging Face's configs -> name here, and the other way: the first one is written.
 ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -179,20 +172,10 @@ def _checked(file: pathlib.Path, name: str, value: Any, kind: type, default: Any
     """Returns the value of a field; null = its default where that is not null. Raises: InputError: another type."""
     if value is None:
         return None if default is None or name in NULL_MEANS_NONE else default
-    text, types = TYPES[kind]
-    is_bool = isinstance(value, bool)
-    if not isinstance(value, types) or is_bool != (kind is bool):
-        raise InputError(f"{file}: field '{name}' must be {text}, got {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise InputError(f"{file}: field '{name}' must be finite, got {value!r}")
-    largest = LAYERS["high"] if name in LAYER_COUNTS else MAX_SIZE
-    if kind is int and value > largest:
-        raise InputError(f"{file}: field '{name}' must be at most {largest}, got {value!r}")
-    if kind is int and value < (default is REQUIRED):
-        raise InputError(
-            f"{file}: field '{name}' must be {'above' if default is REQUIRED else 'at least'} 0, got {value!r}"
-        )
-    return kind(value)
+    limits: Mapping[str, Any] = {}
+    if kind is int:
+        limits = LAYERS if name in LAYER_COUNTS else COUNT if default is REQUIRED else SIZE
+    return Field(kind, limits).check(f"{file}: field '{name}'", value)
 
 
 # --- Parts
@@ -255,7 +238,9 @@ def _gated_mlp(name: str, default: str) -> Part:
         activation = ACTIVATIONS.get(known[name])
         if activation not in GATES:
             names = [there for there, here in ACTIVATIONS.items() if here in GATES]
-            raise InputError(f"field '{name}' is {known[name]!r}, only {', '.join(names)} are known for a gated MLP")
+            raise InputError(
+                f"field '{name}' is {format_value(known[name])}, only {', '.join(names)} are known for a gated MLP"
+            )
         return {"mlp": GATES[activation]}
 
     return Part({name: (str, default)}, read, lambda config: {name: _their_activation(config)})
@@ -266,7 +251,7 @@ def _plain_mlp(name: str, default: str) -> Part:
 
     def read(known: Settings) -> dict[str, Any]:
         if known[name] not in ACTIVATIONS:
-            raise InputError(f"field '{name}' is {known[name]!r}.{suggest(known[name], ACTIVATIONS)}")
+            raise InputError(f"field '{name}' is {format_value(known[name])}.{suggest(known[name], ACTIVATIONS)}")
         return {"activation": ACTIVATIONS[known[name]]}
 
     return Part({name: (str, default)}, read, lambda config: {name: _their_activation(config)})
@@ -327,7 +312,7 @@ def _window_by_layer(pattern: Callable[[Settings], list[bool]], default: int | N
             if wrong or len(kinds) != known["num_hidden_layers"]:
                 raise InputError(
                     f"field 'layer_types' must name sliding_attention or full_attention for each of the "
-                    f"{known['num_hidden_layers']} layers, got {kinds!r}"
+                    f"{known['num_hidden_layers']} layers, got {format_value(kinds)}"
                 )
             flags = [kind == "sliding_attention" for kind in kinds]
         if any(flags) and not window:
@@ -371,7 +356,9 @@ def _rope_flags(known: Settings) -> list[bool]:
         interval = known["no_rope_layer_interval"] or 1
         return [(layer + 1) % interval != 0 for layer in range(layers)]
     if len(flags) < layers or any(flag not in (0, 1) for flag in flags):
-        raise InputError(f"field 'no_rope_layers' must have 1 or 0 for each of the {layers} layers, got {flags!r}")
+        raise InputError(
+            f"field 'no_rope_layers' must have 1 or 0 for each of the {layers} layers, got {format_value(flags)}"
+        )
     return [bool(flag) for flag in flags[:layers]]
 
 
@@ -439,7 +426,7 @@ def _gemma2_scales() -> Part:
 
 def _inverse(name: str, value: float) -> float:
     if not value > 0:
-        raise InputError(f"field '{name}' must be above 0, got {value!r}")
+        raise InputError(f"field '{name}' must be above 0, got {format_value(value)}")
     return 1 / value
 
 

@@ -9,33 +9,42 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from seqpe_jax import config as configs
-from seqpe_jax.config import Config
+from seqpe_jax.config import Config, limits
 from seqpe_jax.data.registry import PHOTO_MEAN, PHOTO_STD
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError, format_value, suggest
 from seqpe_jax.interop import hf, torch_config, weights
 from seqpe_jax.interop.foreign import Arrays, ForeignCheckpoint
 from seqpe_jax.interop.hf_families import ACTIVATIONS, COMMON_VALUES, NEUTRAL, Settings
+from seqpe_jax.interop.settings import SIZE, Field
 from seqpe_jax.interop.weights import Rule
 from seqpe_jax.models.build import DataSpec
 
 KINDS = ("vit", "deit")  # model_type of Hugging Face's folders
 PIXELS_FILE = "preprocessor_config.json"
-# Fields of Hugging Face's config.json -> the only value that is known; None: read, or said by the arrays.
-HF_FIELDS: dict[str, Any] = {
-    **dict.fromkeys(
-        ("hidden_size", "num_hidden_layers", "intermediate_size", "image_size", "patch_size", "num_channels"), None
-    ),
-    **dict.fromkeys(("num_attention_heads", "hidden_act", "layer_norm_eps", "initializer_range"), None),
-    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), None),
-    **dict.fromkeys(("encoder_stride", "pooler_act", "pooler_output_size"), None),  # of other heads
-    "qkv_bias": True,
+_RATE = Field(float, limits.DROP_RATE)
+_CHANNELS = Field(int, {"low": 1, "high": 16})
+# Fields of Hugging Face's config.json that are read; `image_size` and `patch_size` may have two numbers.
+HF_FIELDS = {
+    "hidden_size": Field(int, limits.WIDTH),
+    "num_hidden_layers": Field(int, limits.LAYERS),
+    "intermediate_size": Field(int, limits.OPTIONAL_WIDTH),
+    "num_channels": _CHANNELS,
+    "num_attention_heads": Field(int, limits.HEADS),
+    "hidden_act": Field(str),
+    "layer_norm_eps": Field(float, limits.EPSILON),
+    "initializer_range": Field(float, limits.STD),
+    "hidden_dropout_prob": _RATE,
+    "attention_probs_dropout_prob": _RATE,
 }
+HF_SIDES = ("image_size", "patch_size")
+HF_VALUES = COMMON_VALUES | {"qkv_bias": True}  # the only value that is known
+HF_UNREAD = NEUTRAL | {"encoder_stride", "pooler_act", "pooler_output_size", "model_type"}  # of other heads
 # Names of timm -> names of Hugging Face, the first that fits the beginning; PREFIX is the model_type.
 HF_NAMES = {
     "cls_token": "PREFIX.embeddings.cls_token",
@@ -58,27 +67,38 @@ ARCHITECTURE = re.compile(
     r"(?:vit|deit|deit3)_(tiny|small|medium|base|large|huge)_patch\d+(?:_reg\d+)?(?:_(?:dinov2|dino|mae|\d+))*"
 )
 TIMM_HEADS = {"tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16}
-TIMM_FIELDS = ("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg")
-# Arguments of a timm model that the arrays say too, or that are read.
-TIMM_ARGUMENTS = (
-    "img_size",
-    "patch_size",
-    "in_chans",
-    "num_classes",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "init_values",
-    "reg_tokens",
-    "no_embed_class",
-    "class_token",
-    "dynamic_img_size",
-    "global_pool",
-)
+TIMM_FIELDS = {
+    "architecture": Field(str),
+    "num_classes": Field(int, SIZE),
+    "num_features": Field(int, limits.WIDTH),
+    "global_pool": Field(str),
+    "model_args": Field(dict),
+    "pretrained_cfg": Field(dict),
+}
+# Arguments of a timm model that are read, or that the arrays say too.
+TIMM_ARGUMENTS = {
+    "in_chans": _CHANNELS,
+    "num_classes": Field(int, SIZE),
+    "embed_dim": Field(int, limits.WIDTH),
+    "depth": Field(int, limits.LAYERS),
+    "num_heads": Field(int, limits.HEADS),
+    "mlp_ratio": Field(float, {"low": 1e-3, "high": 1e3}),
+    "init_values": Field(float),
+    "reg_tokens": Field(int, limits.REGISTERS),
+    "no_embed_class": Field(bool),
+    "class_token": Field(bool),
+    "dynamic_img_size": Field(bool),
+    "global_pool": Field(str),
+}
+TIMM_SIDES = ("img_size", "patch_size")
 POOLING = {"token": "class_token", "avg": "mean"}  # timm's name -> model.pooling
 TIMM_EPSILON = 1e-6
 HEADLESS_CLASSES = 1000
+SIDE = Field(int, limits.IMAGE_SIZE)
+SMALLEST_STD = 1e-3  # of pixels, which are divided by it
+# Fields of each that the arrays say too.
+HF_SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "num_channels")
+TIMM_SIZES = ("num_features", "embed_dim", "depth", "patch_size", "in_chans", "reg_tokens")
 LAYER_SCALE = 1e-5  # DINOv2's and most others': of layers that are drawn anew
 
 
@@ -92,6 +112,7 @@ class _Known:
       side: height and width of the images, in pixels.
       mean: of pixels by channel, in 0..1.
       std: likewise.
+      sizes: fields that the arrays say too, by their names there.
     """
 
     heads: int
@@ -99,6 +120,7 @@ class _Known:
     side: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    sizes: dict[str, Any]
 
 
 def is_image_folder(settings: Settings) -> bool:
@@ -117,9 +139,9 @@ def read(path: pathlib.Path, settings: Settings) -> ForeignCheckpoint:
       InputError: a model, field or value that is unknown, weights that are missing, damaged or of other parts.
     """
     file = path / "config.json"
-    arrays, files = hf.read_weights(path)
-    kind = settings.get("model_type") if "architecture" not in settings else None
+    kind = settings["model_type"] if "architecture" not in settings else None
     known = _known_timm(file, settings) if kind is None else _known_hf(file, settings, path)
+    arrays, files = hf.read_weights(path)
     state, left_out = (dict(arrays), {}) if kind is None else _with_prefix(arrays, kind)
     if any(name.startswith(("head_dist.", "distillation_classifier.")) for name in state):
         raise InputError(
@@ -155,50 +177,75 @@ def _add_head(path: pathlib.Path, state: dict[str, np.ndarray], name: str) -> No
         state[f"{name}.bias"] = np.zeros(HEADLESS_CLASSES, np.float32)
 
 
-def _known_hf(file: pathlib.Path, settings: Settings, path: pathlib.Path) -> _Known:
-    known_names = {*HF_FIELDS, *NEUTRAL, *COMMON_VALUES, "model_type"}
+def _checked(
+    file: pathlib.Path, settings: Settings, fields: Mapping[str, Field], sides: Collection[str], others: Collection[str]
+) -> dict[str, Any]:
+    """The fields that are read, without null ones.
+
+    Args:
+      file: path of config.json, for messages.
+      settings: its content, or a section of it.
+      fields: type and range of each field.
+      sides: names of fields of one or two sides in pixels.
+      others: names that are known and not read.
+
+    Raises:
+      InputError: an unknown field, or a value of another type or outside of its range.
+    """
+    found = {}
     for name, value in settings.items():
-        if name not in known_names and value is not None:
-            raise _unknown(file, name, known_names)
-        required = {**COMMON_VALUES, **HF_FIELDS}.get(name)
-        if required is not None and value is not None:
-            hf.require_value(file, name, value, required)
-    activation = settings.get("hidden_act", "gelu")
+        if value is None or name in others:
+            continue
+        if name in fields:
+            found[name] = fields[name].check(f"{file}: field '{name}'", value)
+        elif name in sides:
+            found[name] = _sides(file, name, value)
+        else:
+            raise _unknown(file, name, {*fields, *sides, *others})
+    return found
+
+
+def _known_hf(file: pathlib.Path, settings: Settings, path: pathlib.Path) -> _Known:
+    for name, required in HF_VALUES.items():
+        if settings.get(name) is not None:
+            hf.require_value(file, name, settings[name], required)
+    known = _checked(file, settings, HF_FIELDS, HF_SIDES, {*HF_UNREAD, *HF_VALUES})
+    activation = known.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
-        raise InputError(f"{file}: field 'hidden_act' is {activation!r}.{suggest(str(activation), ACTIVATIONS)}")
+        raise InputError(f"{file}: field 'hidden_act' is {format_value(activation)}.{suggest(activation, ACTIVATIONS)}")
     model = {
-        "dropout": _number(file, settings, "hidden_dropout_prob", 0.0),
-        "attention_dropout": _number(file, settings, "attention_probs_dropout_prob", 0.0),
+        "dropout": known.get("hidden_dropout_prob", 0.0),
+        "attention_dropout": known.get("attention_probs_dropout_prob", 0.0),
         "activation": ACTIVATIONS[activation],
-        "layer_norm_epsilon": _number(file, settings, "layer_norm_eps", 1e-12),
-        "init_std": _number(file, settings, "initializer_range", 0.02),
+        "layer_norm_epsilon": known.get("layer_norm_eps", 1e-12),
+        "init_std": known.get("initializer_range", 0.02),
     }
     pixels = hf.read_mapping(path / PIXELS_FILE, missing=True)
-    channels = int(_number(file, settings, "num_channels", 3))
+    channels = known.get("num_channels", 3)
     usual = {"image_mean": PHOTO_MEAN, "image_std": PHOTO_STD} if settings["model_type"] == "deit" else {}
     mean, std = (
-        tuple(pixels.get(name) or usual.get(name) or (0.5,) * channels) for name in ("image_mean", "image_std")
+        _by_channel(path / PIXELS_FILE, name, pixels.get(name), usual.get(name) or (0.5,) * channels, low)
+        for name, low in (("image_mean", 0.0), ("image_std", SMALLEST_STD))
     )
-    heads = int(_number(file, settings, "num_attention_heads", 12))
-    return _Known(heads, model, _sides(file, settings.get("image_size", 224)), mean, std)
+    sizes = {name: known[name] for name in HF_SIZES if name in known}
+    return _Known(known.get("num_attention_heads", 12), model, known.get("image_size", (224, 224)), mean, std, sizes)
 
 
 def _known_timm(file: pathlib.Path, settings: Settings) -> _Known:
-    name, pretrained = str(settings["architecture"]), settings.get("pretrained_cfg") or {}
-    arguments = settings.get("model_args") or {}
-    for owner, known in ((settings, TIMM_FIELDS), (arguments, TIMM_ARGUMENTS)):
-        for field, value in owner.items():
-            if field not in known and value is not None:
-                raise _unknown(file, field, known)
+    known = _checked(file, settings, TIMM_FIELDS, (), ())
+    pretrained, name = known.get("pretrained_cfg", {}), known.get("architecture", "")
+    arguments = _checked(file, known.get("model_args", {}), TIMM_ARGUMENTS, TIMM_SIDES, ())
     found = ARCHITECTURE.fullmatch(name)
     if found is None:
         raise InputError(
-            f"{file}: architecture {name!r} is none of the vision transformers of timm that can be read: vit, deit and deit3 "
-            f"of the sizes {', '.join(TIMM_HEADS)}, such as vit_small_patch16_224"
+            f"{file}: architecture {format_value(name)} is none of the vision transformers of timm that can be read: vit, deit "
+            f"and deit3 of the sizes {', '.join(TIMM_HEADS)}, such as vit_small_patch16_224"
         )
-    pooling = arguments.get("global_pool") or settings.get("global_pool") or "token"
+    pooling = arguments.get("global_pool") or known.get("global_pool") or "token"
     if pooling not in POOLING:
-        raise InputError(f"{file}: field 'global_pool' is {pooling!r}, only {' and '.join(POOLING)} are known")
+        raise InputError(
+            f"{file}: field 'global_pool' is {format_value(pooling)}, only {' and '.join(POOLING)} are known"
+        )
     model = {
         "pooling": POOLING[pooling],
         "activation": "gelu",
@@ -206,25 +253,33 @@ def _known_timm(file: pathlib.Path, settings: Settings) -> _Known:
         "dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    heads = int(arguments.get("num_heads") or TIMM_HEADS[found[1]])
-    size = arguments.get("img_size") or (pretrained.get("input_size") or (3, 224, 224))[1:]
+    side = arguments.get("img_size")
+    if side is None:
+        shape = pretrained.get("input_size") or (3, 224, 224)
+        side = _sides(file, "pretrained_cfg.input_size", shape[1:] if isinstance(shape, (list, tuple)) else shape)
     mean, std = (
-        tuple(pretrained.get(field) or default) for field, default in (("mean", PHOTO_MEAN), ("std", PHOTO_STD))
+        _by_channel(file, f"pretrained_cfg.{field}", pretrained.get(field), default, low)
+        for field, default, low in (("mean", PHOTO_MEAN, 0.0), ("std", PHOTO_STD, SMALLEST_STD))
     )
-    return _Known(heads, model, _sides(file, size), mean, std)
+    sizes = {name: value for name, value in (known | arguments).items() if name in TIMM_SIZES}
+    return _Known(arguments.get("num_heads", TIMM_HEADS[found[1]]), model, side, mean, std, sizes)
 
 
 def _config_and_rules(known: _Known, state: Mapping[str, np.ndarray], kind: str | None) -> tuple[Config, list[Rule]]:
     """The config of arrays, and the rules of their names; kind: model_type of Hugging Face, None = timm's names."""
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, rank: int) -> tuple[int, ...]:
         """The shape of an array under its name of timm."""
-        return state[name if kind is None else _hf_name(name, kind)].shape
+        full = name if kind is None else _hf_name(name, kind)
+        found = state[full].shape
+        if len(found) != rank:
+            raise InputError(f"{full} has the shape {found}, not one of {rank} sides: the weights are damaged")
+        return found
 
-    width, channels, *patch = shape("patch_embed.proj.weight")
+    width, channels, *patch = shape("patch_embed.proj.weight", 4)
     pattern = re.compile(r"blocks\.(\d+)\." if kind is None else rf"{kind}\.encoder\.layer\.(\d+)\.")
     layers = len({found[1] for name in state if (found := pattern.match(name))})
-    mlp_width = shape("blocks.0.mlp.fc1.weight")[0]
+    mlp_width = shape("blocks.0.mlp.fc1.weight", 2)[0]
     if (
         width % known.heads
         or channels != len(known.mean)
@@ -236,15 +291,24 @@ def _config_and_rules(known: _Known, state: Mapping[str, np.ndarray], kind: str 
             "of config.json"
         )
     registers = "reg_token" if kind is None else _hf_name("reg_token", kind)
+    num_registers = shape("reg_token", 3)[1] if registers in state else 0
+    own: dict[str, Any] = dict.fromkeys(("hidden_size", "num_features", "embed_dim"), width)
+    own |= {"num_hidden_layers": layers, "depth": layers, "intermediate_size": mlp_width, "patch_size": tuple(patch)}
+    own |= {"num_channels": channels, "in_chans": channels, "reg_tokens": num_registers}
+    for name, value in known.sizes.items():
+        if value != own[name]:
+            raise InputError(
+                f"field '{name}' of config.json is {value}, but the arrays have {own[name]}: they are of two models"
+            )
     model = {
         "kind": "vit",
         "layers": layers,
         "width": width,
         "heads": known.heads,
         "mlp_width": 0 if mlp_width == 4 * width else mlp_width,
-        "classes": shape("head.weight")[0],
+        "classes": shape("head.weight", 2)[0],
         "patch": tuple(patch),
-        "registers": state[registers].shape[1] if registers in state else 0,
+        "registers": num_registers,
         "layer_scale": LAYER_SCALE if "blocks.0.ls1.gamma" in state else 0.0,
         "embedding_dropout": 0.0,
         **known.model,
@@ -328,20 +392,25 @@ def _with_prefix(arrays: Mapping[str, np.ndarray], kind: str) -> tuple[dict[str,
     return state, left_out
 
 
-def _sides(file: pathlib.Path, size: Any) -> tuple[int, int]:
+def _sides(file: pathlib.Path, name: str, size: Any) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise InputError(f"{file}: the size of an image must be one or two whole numbers of pixels, got {size!r}")
-    return sides[0], sides[1]
+    if len(sides) != 2:
+        raise InputError(f"{file}: field '{name}' must be one or two whole numbers of pixels, got {format_value(size)}")
+    first, second = (SIDE.check(f"{file}: field '{name}'", side) for side in sides)
+    return first, second
 
 
-def _number(file: pathlib.Path, settings: Settings, name: str, default: float) -> float:
-    value = settings.get(name)
-    if value is None:
+def _by_channel(
+    file: pathlib.Path, name: str, values: Any, default: tuple[float, ...], low: float
+) -> tuple[float, ...]:
+    """Numbers of the channels of pixels in 0..1; null = the default. Raises: InputError: no such numbers."""
+    if values is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{file}: field '{name}' must be a number, got {value!r}")
-    return value
+    where = f"{file}: field '{name}'"
+    numbers = Field(list).check(where, values)
+    if not 1 <= len(numbers) <= _CHANNELS.limits["high"]:
+        raise InputError(f"{where} must have a number for each channel, got {format_value(values)}")
+    return tuple(Field(float, {"low": low, "high": 1.0}).check(where, number) for number in numbers)
 
 
 def _unknown(file: pathlib.Path, name: str, known: Any) -> InputError:

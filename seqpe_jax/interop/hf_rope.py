@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqpe_jax.config import RotaryConfig
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError, format_value, suggest
 
 DEFAULT_THETA = {"smollm3": 2_000_000.0}  # by model_type, where a folder names none; others have 10,000
 # Architectures that read the share of a head that rotates, and the share where a folder names none; others rotate whole heads.
@@ -161,7 +161,7 @@ def _parameters(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _form(form: str, own: Any) -> dict[str, Any]:
     """The fields of one form, which it may have for each type of layer."""
     if not isinstance(own, Mapping):
-        raise InputError(f"config.json: {form} must hold fields, got {own!r}")
+        raise InputError(f"config.json: {form} must hold fields, got {format_value(own)}")
     nested = {name: own[name] for name in own if name in LAYER_TYPES}
     if not nested:
         return _checked(form, own)
@@ -169,7 +169,9 @@ def _form(form: str, own: Any) -> dict[str, Any]:
         raise InputError(f"config.json: {form} names layer types and other fields side by side: {', '.join(own)}")
     for name, value in nested.items():
         if not isinstance(value, Mapping):
-            raise InputError(f"config.json: {form}.{name}={value!r}: rotations of a layer type must hold fields")
+            raise InputError(
+                f"config.json: {form}.{name}={format_value(value)}: rotations of a layer type must hold fields"
+            )
     each = [_checked(f"{form}.{name}", value) for name, value in nested.items()]
     if any(one != each[0] for one in each):
         raise InputError(
@@ -196,12 +198,12 @@ def _checked(where: str, rope: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name in ("short_factor", "long_factor"):
             if not isinstance(value, (list, tuple)):
-                raise InputError(f"config.json: {where}.{name} must be a list of numbers, got {value!r}")
+                raise InputError(f"config.json: {where}.{name} must be a list of numbers, got {format_value(value)}")
             for item in value:
                 _check_number(f"{where}.{name}", item)
         elif name == "truncate":
             if not isinstance(value, bool):
-                raise InputError(f"config.json: {where}.truncate must be true or false, got {value!r}")
+                raise InputError(f"config.json: {where}.truncate must be true or false, got {format_value(value)}")
         elif name not in ("rope_type", "type"):
             _check_number(f"{where}.{name}", value)
             if name == "attention_factor" and not value:
@@ -215,7 +217,7 @@ def _checked(where: str, rope: Mapping[str, Any]) -> dict[str, Any]:
 def _check_number(name: str, value: Any) -> None:
     """Refuses a value that is no number of at least 0. Raises: InputError: names its field."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise InputError(f"config.json: {name} must be a number of at least 0, got {value!r}")
+        raise InputError(f"config.json: {name} must be a number of at least 0, got {format_value(value)}")
 
 
 def rope_to_hf(encoding: RotaryConfig, head_width: int, length: int, model_type: str) -> dict[str, Any]:

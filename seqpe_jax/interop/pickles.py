@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from seqpe_jax.archives import check_unpacked_size
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, format_value
 
 SHARED = 4  # tensors may share a storage, as tied weights do, and take so many times what the file does
 SMALL = 1 << 24  # bytes that they may take whatever the file does
@@ -69,7 +69,9 @@ def read(path: str | pathlib.Path) -> Any:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a pickle can fail in any way
-        raise InputError(f"{path} is damaged: its pickle cannot be read ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{path} is damaged: its pickle cannot be read ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -105,7 +107,7 @@ class _Unpickler(pickle.Unpickler):
         """Returns a storage as a flat array. Raises: InputError: it is missing or has another size."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise InputError(f"{self._path} is damaged: unknown record {pid!r}")
+            raise InputError(f"{self._path} is damaged: unknown record {format_value(pid)}")
         if key not in self._storages:
             record = self._records.get(f"data/{key}")
             if record is None:

@@ -10,8 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqpe_jax import config as configs
-from seqpe_jax.config import ENCODINGS, CompatConfig, Config, EncodingConfig, ModelConfig, ModelDims, SeqPEConfig
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.config import (
+    ENCODINGS,
+    CompatConfig,
+    Config,
+    EncodingConfig,
+    ModelConfig,
+    ModelDims,
+    SeqPEConfig,
+    limits,
+)
+from seqpe_jax.errors import InputError, format_value, suggest
+from seqpe_jax.interop.settings import Field, check_names
 
 ReferenceSpec = Mapping[str, Any]
 
@@ -24,66 +34,74 @@ DEFAULT_THETA = {"rotary_2d": 100, "rotary_mixed": 100}  # the reference's own; 
 APPLY_METHODS = {"sinusoidal": "input_add", "learned": "input_add", "none": "nope", "alibi": "alibi"}
 APPLY_METHODS |= {kind: method for method, kind in ROTARY.items()}
 
+_LAYERS = Field(int, limits.LAYERS)
+_HEADS = Field(int, limits.HEADS)
+_WIDTH = Field(int, limits.WIDTH)
+_OPTIONAL_WIDTH = Field(int, limits.OPTIONAL_WIDTH, null=True)
+_RATE = Field(float, limits.DROP_RATE)
+_SWITCH = Field(bool)
+_NAME = Field(str)
 _PE_FIELDS = {
-    "pe_type",
-    "pe_apply_method",
-    "use_pe_multi_head",
-    "use_pe_qk_per_layer",
-    "pe_out_dim",
-    "seqpe_scalar_scale",
-    "sinusoidal_pe_base",
-    "pe_max_position",
-    "encoder",
+    "pe_type": _NAME,
+    "pe_apply_method": Field(str, null=True),
+    "use_pe_multi_head": _SWITCH,
+    "use_pe_qk_per_layer": Field(str, null=True),
+    "pe_out_dim": Field(int, {"low": -1, "high": 2**20}, null=True),  # -1 = the encoding has no vectors
+    "seqpe_scalar_scale": Field(float, {"low": -1e6, "high": 1e6}),
+    "sinusoidal_pe_base": Field(float, {"zero": True, "low": 1.0, "high": 1e12}, null=True),
+    "pe_max_position": Field(int, {"low": 1, "high": 2**60}, null=True),  # of the whole grid
+    "encoder": Field(dict, null=True),
 }
+# Where a spec comes from, and facts about the arrays that were recorded with it; nothing is computed from them but T.
 _RECORDING_FIELDS = {"kind", "note", "T", "batch", "pe_batch", "eager_sdpa_maxdiff", "tied", "trained_img_size"}
-SPEC_FIELDS = {
+SPEC_FIELDS: dict[str, dict[str, Field]] = {
     "gpt2": _PE_FIELDS
     | {
-        "vocab_size",
-        "n_layer",
-        "n_embd",
-        "n_head",
-        "n_inner",
-        "n_positions",
-        "block_size",
-        "activation_function",
-        "layer_norm_epsilon",
-        "resid_pdrop",
-        "attn_pdrop",
-        "embd_pdrop",
-        "initializer_range",
-        "tie_word_embeddings",
+        "vocab_size": Field(int, {"low": 1, "high": 2**24}),
+        "n_layer": _LAYERS,
+        "n_embd": _WIDTH,
+        "n_head": _HEADS,
+        "n_inner": _OPTIONAL_WIDTH,
+        "n_positions": Field(int, limits.OPTIONAL_LENGTH, null=True),
+        "block_size": Field(int, limits.OPTIONAL_LENGTH, null=True),
+        "activation_function": _NAME,
+        "layer_norm_epsilon": Field(float, limits.EPSILON),
+        "resid_pdrop": _RATE,
+        "attn_pdrop": _RATE,
+        "embd_pdrop": _RATE,
+        "initializer_range": Field(float, limits.STD),
+        "tie_word_embeddings": _SWITCH,
     },
     "vit": _PE_FIELDS
     | {
-        "depth",
-        "embed_dim",
-        "img_size",
-        "mlp_ratio",
-        "num_classes",
-        "num_heads",
-        "patch_size",
-        "drop_path",
-        "data_name",
+        "depth": _LAYERS,
+        "embed_dim": _WIDTH,
+        "img_size": Field(int, limits.IMAGE_SIZE),
+        "mlp_ratio": Field(float, {"low": 1e-3, "high": 1e3}),
+        "num_classes": Field(int, {"low": 1, "high": 2**24}),
+        "num_heads": _HEADS,
+        "patch_size": Field(int, limits.IMAGE_SIZE),
+        "drop_path": _RATE,
+        "data_name": _NAME,
     },
     "seqpe_encoder": {
-        "attn_direction",
-        "attn_pdrop",
-        "data_dim",
-        "layer_num",
-        "left_padding",
-        "mask_padding",
-        "max_digits",
-        "num_attention_heads",
-        "pe_embed_dim",
-        "resid_pdrop",
-        "use_cls_token",
-        "use_last_layernorm",
-        "out_proj_dim",
-        "activation_function",
-        "layer_norm_epsilon",
-        "seqpe_temperature",
-        "init_norm_weight",
+        "attn_direction": _NAME,
+        "attn_pdrop": _RATE,
+        "data_dim": Field(int, {"low": 1, "high": 8}),
+        "layer_num": _LAYERS,
+        "left_padding": _SWITCH,
+        "mask_padding": _SWITCH,
+        "max_digits": Field(int, {"low": 1, "high": 64}),
+        "num_attention_heads": _HEADS,
+        "pe_embed_dim": _WIDTH,
+        "resid_pdrop": _RATE,
+        "use_cls_token": _SWITCH,
+        "use_last_layernorm": _SWITCH,
+        "out_proj_dim": Field(int, {"low": -1, "high": 2**20}, null=True),
+        "activation_function": _NAME,
+        "layer_norm_epsilon": Field(float, limits.EPSILON),
+        "seqpe_temperature": Field(float, {"low": 1e-6, "high": 1e6}),
+        "init_norm_weight": Field(float, {"low": -1e3, "high": 1e3}),
     },
 }
 
@@ -119,14 +137,18 @@ def check_spec(spec: ReferenceSpec, kind: str | None = None) -> str:
       kind: the expected kind; None = that in the spec.
 
     Raises:
-      InputError: an unknown kind or field, or a required field is missing.
+      InputError: an unknown kind or field, a value of another type or outside of its range, or a required field is missing.
     """
     kind = kind or spec.get("kind")
-    if kind not in SPEC_FIELDS:
-        raise InputError(f"config kind is {kind!r}.{suggest(str(kind), SPEC_FIELDS)}")
-    known = SPEC_FIELDS[kind] | _RECORDING_FIELDS
-    for name in spec:
-        if name not in known:
+    if not isinstance(kind, str) or kind not in SPEC_FIELDS:
+        raise InputError(f"config kind is {format_value(kind)}.{suggest(format_value(kind), SPEC_FIELDS)}")
+    fields = SPEC_FIELDS[kind]
+    check_names("the config", spec)
+    for name, value in spec.items():
+        if name in fields:
+            fields[name].check(f"config field '{name}' of a {kind}", value)
+        elif name not in _RECORDING_FIELDS:
+            known = {*fields, *_RECORDING_FIELDS}
             raise InputError(f"config field '{name}' of a {kind} is unknown.{suggest(name, known)}")
     missing = [name for name in REQUIRED_FIELDS[kind] if name not in spec]
     if missing:
@@ -165,7 +187,7 @@ def _encoding_kind(spec: ReferenceSpec) -> str:
     encoding = ROTARY.get(method) if pe_type == "rotary" else KINDS.get(pe_type)
     if encoding is None:
         raise InputError(
-            f"pe_type='{pe_type}' with pe_apply_method='{method}' is unknown: expected one of {', '.join(KINDS)}, or "
+            f"pe_type={format_value(pe_type)} with pe_apply_method={format_value(method)} is unknown: expected one of {', '.join(KINDS)}, or "
             f"rotary with {', '.join(ROTARY)}"
         )
     return encoding
@@ -257,7 +279,7 @@ def activation(name: str) -> str:
       InputError: there is none here.
     """
     if name not in ACTIVATIONS:
-        raise InputError(f"activation_function='{name}' is unknown.{suggest(name, ACTIVATIONS)}")
+        raise InputError(f"activation_function={format_value(name)} is unknown.{suggest(name, ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

@@ -23,11 +23,12 @@ from safetensors.numpy import save_file
 from seqpe_jax.config import Config
 from seqpe_jax.data.cache import local_copies
 from seqpe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError, format_value, suggest
 from seqpe_jax.files import apply_umask, as_path, atomic_dir, require_empty
 from seqpe_jax.interop import hf, hf_decoders, hf_images, hf_weights, pickles, torch_config, weights
 from seqpe_jax.interop.foreign import Arrays, ForeignCheckpoint
 from seqpe_jax.interop.hf_families import FAMILIES, GPT2_SCALING
+from seqpe_jax.interop.settings import Field, check_names
 from seqpe_jax.interop.torch_config import ReferenceSpec
 from seqpe_jax.models import transformer
 from seqpe_jax.models.build import ModelSpec
@@ -173,12 +174,15 @@ def _read_text(path: pathlib.Path, settings: Mapping[str, Any]) -> ForeignCheckp
         spec |= _pe_spec(pe_file, hf.read_mapping(pe_file), {"MODEL"})
         files.append(pe_file)
     elif settings.get("pe_config"):
-        spec |= _pe_spec(file, settings["pe_config"], {"MODEL"})
+        positions = Field(dict).check(f"{file}: field 'pe_config'", settings["pe_config"])
+        spec |= _pe_spec(file, positions, {"MODEL"})
     else:
         spec |= {"pe_type": "vanilla", "pe_apply_method": "input_add"}
     arguments = path / "train_args.json"
     if arguments.is_file():
-        spec["block_size"] = hf.read_mapping(arguments).get("block_size") or 0
+        length = torch_config.SPEC_FIELDS["gpt2"]["block_size"]
+        stored = hf.read_mapping(arguments).get("block_size")
+        spec["block_size"] = length.check(f"{arguments}: field 'block_size'", stored) or 0
         files.append(arguments)
     if scaling != GPT2_SCALING and spec["pe_type"] not in LINEAR_QUERIES:
         name = next(name for name in scaling if scaling[name] != GPT2_SCALING[name])
@@ -248,10 +252,22 @@ def _read_images(path: pathlib.Path) -> ForeignCheckpoint:
 
 def _image_spec(file: pathlib.Path, settings: Mapping[str, Any], model: Mapping[str, np.ndarray]) -> ReferenceSpec:
     """Returns the spec of an image checkpoint from its settings and the shapes of its arrays."""
-    sections = {name: settings.get(name) or {} for name in ("MODEL", "DATA", "TRAIN")}
+    check_names(str(file), settings)
+    sections = {
+        name: Field(dict, null=True).check(f"{file}: field '{name}'", settings.get(name)) or {}
+        for name in ("MODEL", "DATA", "TRAIN")
+    }
+
+    def read(section: str, name: str, field: str, default: Any) -> Any:
+        """The value of a field, checked as the field of the spec; null and 0 = the default."""
+        checked = torch_config.SPEC_FIELDS["vit"][field]
+        value = sections[section].get(name)
+        zero = value is None or (value == 0 and not isinstance(value, bool))
+        return default if zero else checked.check(f"{file}: field '{section}.{name}'", value)
+
     kind = sections["MODEL"].get("TYPE")
-    if kind not in VIT_TYPES:
-        raise InputError(f"{file}: MODEL.TYPE is {kind!r}, only {' and '.join(VIT_TYPES)} can be read")
+    if not isinstance(kind, str) or kind not in VIT_TYPES:
+        raise InputError(f"{file}: MODEL.TYPE is {format_value(kind)}, only {' and '.join(VIT_TYPES)} can be read")
     for name in ("USE_UNK_POS", "USE_IDX_EMB", "USE_DLOCR"):
         hf.require_value(file, f"TRAIN.{name}", sections["TRAIN"].get(name, False), False)
     kernel = model.get("patch_embed.proj.weight")
@@ -263,13 +279,13 @@ def _image_spec(file: pathlib.Path, settings: Mapping[str, Any], model: Mapping[
         "kind": "vit",
         "embed_dim": width,
         "depth": len({name.split(".")[1] for name in model if name.startswith("blocks.")}),
-        "img_size": sections["DATA"].get("IMG_SIZE", 224),
+        "img_size": read("DATA", "IMG_SIZE", "img_size", 224),
         "mlp_ratio": len(mlp) / width,
         "patch_size": kernel.shape[-1],
         "num_classes": len(model["head.weight"]),
-        "num_heads": sections["MODEL"].get("NUM_HEADS") or width // 64,
-        "drop_path": sections["MODEL"].get("DROP_PATH_RATE") or 0.0,
-        "data_name": DATA_NAMES.get(str(sections["DATA"].get("DATASET")), "imagenet2012"),
+        "num_heads": read("MODEL", "NUM_HEADS", "num_heads", max(width // 64, 1)),
+        "drop_path": read("MODEL", "DROP_PATH_RATE", "drop_path", 0.0),
+        "data_name": DATA_NAMES.get(format_value(sections["DATA"].get("DATASET")).strip("'"), "imagenet2012"),
         **_pe_spec(file, settings, IMAGE_SECTIONS),
     }
 
@@ -286,11 +302,16 @@ def _pe_spec(file: pathlib.Path, settings: Mapping[str, Any], other_fields: set[
       InputError: a field that is unknown or missing, or a value that would compute something else.
     """
     spec, encoder = {}, {}
+    check_names(str(file), settings)
+    fields, encoder_fields = torch_config.SPEC_FIELDS["vit"], torch_config.SPEC_FIELDS["seqpe_encoder"]
     for name, value in settings.items():
+        where = f"{file}: field '{name}'"
+        if value is None and name in {*PE_FIELDS, *ENCODER_FIELDS}:
+            continue
         if name in PE_FIELDS:
-            spec[PE_FIELDS[name]] = value
+            spec[PE_FIELDS[name]] = fields[PE_FIELDS[name]].check(where, value)
         elif name in ENCODER_FIELDS:
-            encoder[ENCODER_FIELDS[name]] = value
+            encoder[ENCODER_FIELDS[name]] = encoder_fields[ENCODER_FIELDS[name]].check(where, value)
         elif name in REQUIRED_FIELDS:
             hf.require_value(file, name, value, REQUIRED_FIELDS[name])
         elif name not in TRAINING_FIELDS | other_fields:

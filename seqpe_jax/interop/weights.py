@@ -180,12 +180,27 @@ def to_params(rules: Iterable[Rule], state: State) -> Tree:
     params: Tree = {"encoding": {}, "model": {}}
     for rule in rules:
         *path, last = rule.path.split("/")
-        layers = [rule.to_ours(*(np.asarray(state[name]) for name in group)) for group in rule.groups]
+        layers = [_fitted(rule, group, [np.asarray(state[name]) for name in group]) for group in rule.groups]
         tree = params
         for key in path:
             tree = tree.setdefault(key, {})
+        if len({layer.shape for layer in layers}) > 1:
+            raise InputError(
+                f"the arrays of parameter {rule.path} differ in shape between layers: the weights are damaged"
+            )
         tree[last] = np.ascontiguousarray(np.stack(layers) if rule.stacked else layers[0])
     return params
+
+
+def _fitted(rule: Rule, names: tuple[str, ...], arrays: list[np.ndarray]) -> Any:
+    """Returns one array here from those there. Raises: InputError: their shapes are of no such parameter."""
+    try:
+        if any(array.dtype.kind == "c" for array in arrays):
+            raise TypeError("complex numbers")
+        return rule.to_ours(*arrays)
+    except (ValueError, IndexError, TypeError) as error:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(names, arrays, strict=True))
+        raise InputError(f"{shapes} cannot become parameter {rule.path} ({error}): the weights are damaged") from error
 
 
 def to_state(rules: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:

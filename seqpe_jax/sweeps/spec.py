@@ -10,7 +10,7 @@ from seqpe_jax import config
 from seqpe_jax.axes import size_label
 from seqpe_jax.config import Config
 from seqpe_jax.config.io import call_user_code, execute_file, resolve_config_path
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError, format_value, suggest
 from seqpe_jax.metric_registry import with_average
 from seqpe_jax.models.build import check_encoding
 from seqpe_jax.tasks import task_class
@@ -18,6 +18,7 @@ from seqpe_jax.trees import flatten_dict, unflatten_dict
 
 Overrides = dict[str, Any]
 CONFIG_KEYS = ("config", "variant")  # keys of overrides that are not config fields
+MAX_RUNS = 10_000  # of one file
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=,+-]{0,99}")  # also the name of the run's folder
 
 
@@ -422,15 +423,21 @@ def read_sweep_file(path: str) -> SweepFile:
 def _checked_trials(base: str, runs: Iterable[tuple[str, Overrides]]) -> tuple[Trial, ...]:
     """Returns the trials of `runs()`. Raises: InputError: one of them is wrong."""
     overrides_of: dict[str, Mapping[str, Any]] = {}
+    names: set[str] = set()
     for run in runs:
+        if len(overrides_of) == MAX_RUNS:
+            raise InputError(
+                f"runs() yields more than {MAX_RUNS:,} runs: does it end? Split a larger study into several files"
+            )
         if not (isinstance(run, tuple) and len(run) == 2 and isinstance(run[1], Mapping)):
-            raise InputError(f"runs() must yield (name, overrides), got {run!r}")
+            raise InputError(f"runs() must yield (name, overrides), got {format_value(run)}")
         name, overrides = run
         if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
             raise InputError(f"'{name}' cannot name a run: letters, digits and _.=,+- only, at most 100 (of a folder)")
-        if name.casefold() in map(str.casefold, overrides_of):
+        if name.casefold() in names:
             raise InputError(f"two runs are named '{name}': give each run a name of its own")
         overrides_of[name] = overrides
+        names.add(name.casefold())
     is_open = {
         name: any(isinstance(value, OPEN) for value in overrides.values()) for name, overrides in overrides_of.items()
     }

@@ -24,7 +24,7 @@ from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardSave
 from seqpe_jax.checksums import DIGESTS_FILE, checksums_of, write_checksums
 from seqpe_jax.distributed import processes
 from seqpe_jax.distributed.sharding import abstract_state_with_shardings
-from seqpe_jax.errors import Failure, InputError, check_utf8_name
+from seqpe_jax.errors import CheckpointGone, Failure, InputError, check_utf8_name
 from seqpe_jax.files import AnyPath, free_space, is_remote, list_files, remove_dir
 from seqpe_jax.run_dir import CHECKPOINTS_DIR, COMMIT_MARKER, RunDir, best_of, metric_in
 from seqpe_jax.training import orbax_s3
@@ -370,6 +370,11 @@ class Checkpointer:
 
     def _unreadable(self, step: int, error: Exception) -> InputError:
         first = " ".join(str(error).split())[:300]
+        if not self.run.is_saved(step):
+            return CheckpointGone(
+                f"checkpoint {self.folder / str(step)} was removed while it was read, as a run that trains does with old ones "
+                "(checkpoint.keep): read it again"
+            )
         cure = "it is damaged or of another model; delete that folder to fall back on an older one"
         if is_remote(self.folder):  # its checksums were right
             cure = "the store did not give it, or it is of another model; try again"

@@ -215,8 +215,7 @@ class MetricsHook(Hook):
     def _non_finite_message(self, step: int, metrics: Metrics) -> str:
         numbers = ", ".join(f"{name} {float(value):.3g}" for name, value in sorted(jax.device_get(metrics).items()))
         in_a_row = f", {self._consecutive_skips} in a row," if self._max_skips else ""
-        saved = self._latest_checkpoint()
-        checkpoint = "no checkpoint is saved yet" if saved is None else f"the last checkpoint is of step {saved}"
+        checkpoint = describe_saved(self._latest_checkpoint())
         cure = "lower optimizer.learning_rate or set optimizer.clip in a new workdir"
         if not self._max_skips:
             cure = f"resume with optimizer.non_finite=skip, or {cure}"
@@ -402,7 +401,7 @@ class CheckpointHook(Hook):
             if not bool(_all_finite(loop.state.params)):
                 raise NonFiniteError(
                     f"parameters are infinite or not a number after step {loop.step}, though the loss before was finite: "
-                    f"they are not saved, the last checkpoint is of step {self._checkpointer.saved_step()}. Lower "
+                    f"they are not saved, {describe_saved(self._checkpointer.saved_step())}. Lower "
                     "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
                 )
             metadata = self._metadata | {
@@ -449,12 +448,17 @@ class CheckpointHook(Hook):
         failures = self._checkpointer.failed
         if processes.is_multiprocess() or failures >= self._max_failures:
             raise SaveError(
-                f"{error}, {failures} in a row; the last checkpoint is of step {self._checkpointer.saved_step()}. Once "
-                "the cause is fixed, the same command resumes from there"
+                f"{error}, {failures} in a row; {describe_saved(self._checkpointer.saved_step())}. Once the cause is fixed, "
+                "the same command resumes from there"
             ) from error
         self._metrics_hook.print_line(
             f"{error}: trying again, {self._max_failures - failures} more before the run ends"
         )
+
+
+def describe_saved(step: int | None) -> str:
+    """Returns which step the last checkpoint is of, in words; None = there is none."""
+    return "no checkpoint is saved yet" if step is None else f"the last checkpoint is of step {step}"
 
 
 class _Interrupted(Exception):

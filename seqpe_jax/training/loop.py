@@ -36,6 +36,7 @@ from seqpe_jax.training.checkpoint import (
 )
 from seqpe_jax.training.clock import TrainingClock
 from seqpe_jax.training.hooks import Hook, LoopState
+from seqpe_jax.training.memory import check_memory
 from seqpe_jax.training.metrics_writer import MetricsWriter
 from seqpe_jax.training.resume import (
     check_same_run,
@@ -302,8 +303,10 @@ def make_trainer(config: Config, run: RunDir, saved: int | None) -> Trainer:
       saved: step of its newest checkpoint, or None.
 
     Raises:
-      InputError: see `Trainer.of`; or `config.init_from` holds parameters of another model.
+      InputError: see `Trainer.of`; what the config asks for cannot fit into the memory of all devices; or `config.init_from`
+        holds parameters of another model.
     """
+    check_memory(config, jax.devices())
     if saved is None:
         trainer = Trainer.of(config, run_dir=config.init_from)
         if config.init_from:

@@ -453,3 +453,20 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         np.testing.assert_allclose(image[0, 0], expected.pop(name[2:]), atol=3)
     assert not expected
+
+
+def test_large_images_are_read_at_a_part_of_their_size(tmp_path, monkeypatch):
+    """Means of blocks of pixels, strip by strip; upright; of JPEG the decoder itself gives fewer pixels."""
+    draw = np.random.default_rng(0).integers(0, 256, (45, 62, 4), np.uint8)
+    image = Image.fromarray(draw, "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated
+    image.save(tmp_path / "a.png", exif=exif)
+    image.convert("RGB").resize((400, 400)).save(tmp_path / "a.jpg")
+    whole = image_base.read_rgb(str(tmp_path / "a.png"), "one", "none")
+    monkeypatch.setattr(image_base, "MAX_READ_PIXELS", 400)
+    found = image_base.read_rgb(str(tmp_path / "a.png"), "one", "none")
+    np.testing.assert_array_equal(found, np.asarray(Image.fromarray(whole).reduce(3)))
+    upright = image_base.read_rgb(str(tmp_path / "a.png"), "one", "none", upright=True)
+    np.testing.assert_array_equal(upright, np.rot90(found, -1))
+    assert image_base.read_rgb(str(tmp_path / "a.jpg"), "one", "none").size <= 3 * 400

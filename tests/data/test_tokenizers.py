@@ -366,6 +366,17 @@ def test_a_word_that_nothing_stands_for_is_one_line(tmp_path):
         tokenizer.encode(b"the wolf")
 
 
+def test_a_pattern_that_searches_without_end_is_one_line(tmp_path):
+    """The library gives up with a PanicException, which is no Exception."""
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"fox": 0}, unk_token="fox"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(x+x+)+y"), "isolated")
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(InputError, match="cannot encode the text .*retry-limit"):
+        load_tokenizer(tmp_path / "words.json").encode(b"x" * 40)
+
+
 def test_ids_are_those_that_have_a_token(small_file):
     content = json.loads(small_file.read_text())
     content["added_tokens"][0]["id"] = 300

@@ -1,25 +1,47 @@
 """Any command line and any file gives a result or one line that names the fault: no traceback, no hang, no memory flood.
 
-MUTATIONS=2000 draws that many command lines and files in place of the few of every day; MUTATION_SEED=N repeats a draw.
+MUTATIONS=2000 draws that many command lines in place of the few of every day, and FUZZ=20000 that many settings, configs and
+files, which are read in this process; MUTATION_SEED=N repeats a draw. launch/fuzz.sh does so for hours, with other seeds.
 """
 
 import collections
 import os
 import pathlib
 import random
+import resource
 import shutil
+import time
+from collections.abc import Callable
 
 import hypothesis
 import pytest
+from hypothesis import strategies as st
 
+from seqpe_jax import config
+from seqpe_jax.errors import InputError
 from tests.commands import Commands
-from tests.mutations import COMMANDS, Case, cases, device, write_inputs
+from tests.mutations import (
+    COMMANDS,
+    VALUES,
+    Case,
+    cases,
+    damaged,
+    device,
+    foreign_cases,
+    read_foreign,
+    write_inputs,
+    write_readable,
+)
+from tests.tiny import tiny_config
 from tests.without_compiling import FOLDER, STOPPED
 
 EXAMPLES = int(os.environ.get("MUTATIONS", "24"))
 SEED = int(os.environ.get("MUTATION_SEED", random.SystemRandom().randrange(2**32)))
 SECONDS = float(os.environ.get("MUTATION_SECONDS", "60"))  # of one command; far more than any of them needs
 BYTES = 2 << 30  # likewise
+FUZZ = int(os.environ.get("FUZZ", "60"))
+READ_SECONDS, READ_BYTES = 30.0, 1 << 30  # CPU time and memory of one read in this process
+MAX_MESSAGE = 10_000  # characters; commands cut what is longer than a fifth of that
 # Output of commands that come to their end without a compiled model.
 FINISHED = {"report": "the whole report", "convert": "written: ", "sweep": "python -m seqpe_jax"}
 
@@ -67,6 +89,122 @@ def run_case(commands: Commands, folder: pathlib.Path, case: Case) -> tuple[bool
     return accepted, ""
 
 
+def run_anew(commands: Commands, inputs: pathlib.Path, folder: pathlib.Path, case: Case) -> bool:
+    """Returns whether a case fails in a folder of its own."""
+    shutil.copytree(inputs, folder, symlinks=True)
+    device(folder / "zero")
+    try:
+        return bool(run_case(commands, folder, case)[1])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def smallest(case: Case, fails: Callable[[Case], bool]) -> Case:
+    """Returns a case of which no change can be left out without its fault."""
+    while (smaller := next(filter(fails, case.smaller()), None)) is not None:
+        case = smaller
+    return case
+
+
+def test_the_smallest_case_has_the_changes_that_matter():
+    base = ("train", "--a=1", "--b=2")
+    case = Case(("train", "--a=9", "--b=8", "--c=3"), {"one": b"1", "two": b"2"}, base)
+    assert smallest(case, lambda one: "--b=8" in one.words and "two" in one.files) == Case(
+        ("train", "--b=8"), {"two": b"2"}, base
+    )
+    assert smallest(case, lambda one: "two" in one.files) == Case(base, {"two": b"2"}, base)
+
+
+def draw_settings(count: int) -> Callable:
+    """Decorator of a test of Hypothesis with the seed of this run, which looks for the smallest input that fails."""
+    fixed = hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+        report_multiple_bugs=True,
+    )
+    return lambda test: hypothesis.seed(SEED)(fixed(test))
+
+
+def accepts_or_refuses(read: Callable[[], object]) -> bool:
+    """Returns whether input is accepted; it may be refused in one line, and neither fail nor take long or much memory."""
+    cpu, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        read()
+        accepted = True
+    except InputError as error:
+        accepted, message = False, str(error)
+        assert "\n" not in message and 10 < len(message) < MAX_MESSAGE, message[:MAX_MESSAGE]
+    assert time.process_time() - cpu < READ_SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < READ_BYTES
+    return accepted
+
+
+def fuzz(strategy: st.SearchStrategy, read: Callable[[object], object]) -> None:
+    """Reads what a strategy draws; some of it must be accepted, and some not, that the draws are worth something."""
+    counts: collections.Counter[bool] = collections.Counter()
+
+    @draw_settings(FUZZ)
+    @hypothesis.given(strategy)
+    def check(case: object) -> None:
+        counts[accepts_or_refuses(lambda: read(case))] += 1
+
+    print(f"MUTATION_SEED={SEED} FUZZ={FUZZ}")
+    check()
+    print(f"{counts[False]} refused, {counts[True]} accepted")
+    assert counts[True] and counts[False], f"MUTATION_SEED={SEED}: {counts}"
+
+
+def test_settings_of_other_programs(tmp_path):
+    def read(case):
+        kind, files = case
+        for name, content in files.items():
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / kind / name).write_bytes(content)
+        read_foreign(kind, tmp_path / kind)
+
+    fuzz(foreign_cases(), read)
+
+
+def test_stored_configs():
+    """As a config.json of an older version, or one that was edited, may be."""
+    flat = [(section, name) for section, values in config.to_dict(tiny_config()).items() for name in fields_of(values)]
+
+    def read(changes):
+        values = config.to_dict(tiny_config())
+        for (section, name), value in changes:
+            if name:
+                values[section][name] = value
+            else:
+                values[section] = value
+        config.from_dict(values)
+
+    numbers = st.sampled_from((0, 1, 2, 3, 8, 64, 0.5, 1e-3, -1, 10**9, 10**20, True, "none", "seqpe", (1,), [2, 4]))
+    fuzz(st.lists(st.tuples(st.sampled_from(flat), numbers | VALUES), min_size=1, max_size=3), read)
+
+
+def fields_of(values: object) -> tuple[str, ...]:
+    """Returns the names of a section's fields, and "" for the section itself."""
+    return ("", *values) if isinstance(values, dict) else ("",)
+
+
+def test_damaged_files(tmp_path):
+    readers = write_readable(tmp_path / "files")
+    contents = {name: (tmp_path / "files" / name).read_bytes() for name in readers}
+    for name, read_one in readers.items():
+        assert accepts_or_refuses(lambda: read_one(tmp_path / "files" / name)), name  # noqa: B023
+
+    def read(case):
+        name, content = case
+        (tmp_path / "files" / name).write_bytes(content)
+        readers[name](tmp_path / "files" / name)
+
+    one = st.sampled_from(tuple(readers)).flatmap(lambda name: st.tuples(st.just(name), damaged(name, contents[name])))
+    fuzz(one, read)
+
+
 @pytest.mark.slow
 def test_mutated_commands_and_files(tmp_path):
     print(f"MUTATION_SEED={SEED} MUTATIONS={EXAMPLES}")
@@ -83,7 +221,9 @@ def test_mutated_commands_and_files(tmp_path):
             shutil.rmtree(folder, ignore_errors=True)
             counts[accepted] += 1
             if fault:
-                faults.append(f"{case}: {fault}")
+                faults.append(
+                    f"{smallest(case, lambda one: run_anew(commands, inputs, tmp_path / 'again', one))}: {fault}"
+                )
     finally:
         commands.close()
     print(f"{counts[False]} refused, {counts[True]} accepted, {len(faults)} faults")

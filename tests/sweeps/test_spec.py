@@ -158,6 +158,10 @@ def test_a_trial_may_have_another_config(tmp_path, monkeypatch):
             ["run 'a'", "objective.distillation.offsets is not read here"],
         ),
         ("", ["must define CONFIG"]),
+        (
+            "def runs():\n    n = 0\n    while True:\n        n += 1\n        yield f'r{n}', {}\n",
+            ["more than 10,000 runs"],
+        ),
         ("def runs(:\n", ["SyntaxError"]),
         ("def runs():\n    yield from 1 / 0\n", ["ZeroDivisionError"]),
         ("def runs():\n    yield from ()\n", ["yields nothing"]),

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from seqpe_jax.data import registry
 from seqpe_jax.data.datasets.base import CachedBuilder, prepare_dataset
 from seqpe_jax.errors import InputError
 
+MAX_READ_PIXELS = 1 << 24  # of one image; photos of cameras have as many
 MAX_CLASSES_SHOWN = 10  # class names in a message
 
 LabelledArrays = Iterable[tuple[np.ndarray, int]]
@@ -199,7 +201,9 @@ def image_errors(name: str, fix: str) -> Iterator[None]:
 def read_rgb(file: str | io.BytesIO, name: str, fix: str, *, upright: bool = False, bit_depth: int = 0) -> np.ndarray:
     """Decodes an image: grey, palette and CMYK become RGB, 16 bits and floats become 8 bits.
 
-    Transparent pixels show white. Of several frames (GIF, TIFF) the first is read.
+    Transparent pixels show white. Of several frames (GIF, TIFF) the first is read. One of more than `MAX_READ_PIXELS` is
+    read at a half, a third, ... of its size, so that it takes at most its own pixels (4 bytes each, of JPEG 1/4 of that or
+    less) and 256 MB of memory.
 
     Args:
       file: name of the file, or its content.
@@ -215,14 +219,40 @@ def read_rgb(file: str | io.BytesIO, name: str, fix: str, *, upright: bool = Fal
       InputError: not an image, a damaged one, or one whose values have no known range.
     """
     with image_errors(name, fix), Image.open(file) as image:
+        factor = _reduction(image)
+        if factor > 1:
+            image.draft(None, (image.width // factor, image.height // factor))  # only JPEG decodes fewer pixels
+            factor = _reduction(image)
+        if factor > 1:
+            image = _reduced(image, factor, bit_depth)
         if upright:
             image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # more than 8 bits per pixel, which Pillow would clip at 255
-            return np.repeat(_grey_to_8_bits(np.asarray(image), image.mode, bit_depth)[..., None], 3, axis=-1)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(_to_rgb(image, bit_depth))
+
+
+def _to_rgb(image: Image.Image, bit_depth: int) -> Image.Image:
+    if image.mode[0] in "IF":  # more than 8 bits per pixel, which Pillow would clip at 255
+        return Image.fromarray(_grey_to_8_bits(np.asarray(image), image.mode, bit_depth)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _reduction(image: Image.Image) -> int:
+    """Returns the smallest divisor of both sides that leaves at most `MAX_READ_PIXELS`."""
+    return math.ceil(math.sqrt(image.width * image.height / MAX_READ_PIXELS))
+
+
+def _reduced(image: Image.Image, factor: int, bit_depth: int) -> Image.Image:
+    """Returns an RGB image of sides divided by a factor, means of its pixels; strips of it are converted one by one."""
+    rows = factor * max(1, MAX_READ_PIXELS // (8 * factor * image.width))
+    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        small.paste(_to_rgb(strip, bit_depth).reduce(factor), (0, top // factor))
+    small.getexif().update(image.getexif())
+    return small
 
 
 def verify_image(file: str, fix: str) -> tuple[str, int] | None:
