@@ -19,7 +19,7 @@ from typing import IO, Any, Self
 import fsspec
 from etils.epath import gpath
 
-from seqpe_jax.errors import InputError, StoreError
+from seqpe_jax.errors import InputError, Outage, StoreError
 from seqpe_jax.stores import STORES, Store
 
 
@@ -199,7 +199,12 @@ def check_address(address: str) -> str:
 
 
 def check_bucket(path: RemotePath, option: str) -> None:
-    """Refuses a path in a bucket that does not exist or that this user cannot read. Raises: InputError."""
+    """Refuses a path in a bucket that does not exist or that this user cannot read.
+
+    Raises:
+      InputError: names the reason.
+      Outage: the store does not answer.
+    """
     try:
         path.store.require_bucket(path.bucket)
     except Exception as error:
@@ -208,7 +213,7 @@ def check_bucket(path: RemotePath, option: str) -> None:
             raise InputError(
                 f"{option}={path}: there is no bucket '{path.bucket}'; make it, or name another"
             ) from error
-        raise InputError(f"{option}={path} cannot be read: {reason.strerror}") from error
+        raise _refusal(f"{option}={path} cannot be read: {reason.strerror}", reason) from error
 
 
 def check_writable(path: RemotePath, folder: bool, option: str) -> None:
@@ -221,6 +226,7 @@ def check_writable(path: RemotePath, folder: bool, option: str) -> None:
 
     Raises:
       InputError: names the reason.
+      Outage: the store does not answer.
     """
     check_bucket(path, option)
     if len(path.parts) < 4:
@@ -237,7 +243,26 @@ def check_writable(path: RemotePath, folder: bool, option: str) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"{option}={path} cannot be written: {error.strerror}") from error
+        raise _refusal(f"{option}={path} cannot be written: {error.strerror}", error) from error
+
+
+def _refusal(message: str, error: OSError) -> InputError | Outage:
+    """Returns the error of a path: bad input, or, where the store does not answer, an outage."""
+    return Outage(message) if error.errno == errno.ETIMEDOUT else InputError(message)
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    """Returns whether the store itself failed, by the HTTP status of its answer, or did not answer in time."""
+    while error is not None:
+        answer = getattr(error, "response", None)
+        answer = answer.get("ResponseMetadata", {}) if isinstance(answer, dict) else {}
+        status = getattr(error, "code", None) or answer.get("HTTPStatusCode")
+        if isinstance(status, int):
+            return status >= 500 or status in (408, 429)
+        if isinstance(error, TimeoutError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _as_os_error(error: Exception, path: RemotePath) -> OSError:
@@ -252,4 +277,5 @@ def _as_os_error(error: Exception, path: RemotePath) -> OSError:
         reason = f"access denied ({message[:200]}): {path.store.access}"
     else:
         reason = f"the request failed ({type(error).__name__}: {message[:200]}), also when repeated"
-    return StoreError(errno.EACCES if denied else errno.EIO, reason, str(path))
+    failure = errno.ETIMEDOUT if _is_outage(error) else errno.EIO
+    return StoreError(errno.EACCES if denied else failure, reason, str(path))

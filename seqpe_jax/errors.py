@@ -73,6 +73,12 @@ def format_value(value: Any) -> str:
     return text + size if len(text) <= VALUE_LENGTH else f"{text[:80]}...{size}"
 
 
+class Outage(Failure):
+    """A service that does not answer now; what schedulers start again with this code may find it."""
+
+    code = EXIT_PREEMPTED
+
+
 def look_again(read: Callable[[], Any], times: int) -> Any:
     """Returns read(), called up to so many times, as long as a checkpoint vanishes under it. Raises: CheckpointGone."""
     for _ in range(times - 1):

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from seqpe_jax import checksums, files, stores
 from seqpe_jax.distributed import processes
-from seqpe_jax.errors import Failure, InputError, StoreError
+from seqpe_jax.errors import Failure, InputError, Outage, StoreError
 from seqpe_jax.files import as_path, check_readable, check_writable, expand_path
 
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -101,6 +101,10 @@ def test_what_fails_for_good_is_one_failure(any_store, monkeypatch):
         with pytest.raises(StoreError, match="file: the request failed .*failed on purpose") as caught:
             act()
         assert isinstance(caught.value, OSError) and isinstance(caught.value, Failure) and caught.value.code == 1
+    for check in (lambda: check_readable(path, "--checkpoint"), lambda: check_writable(path, False, "--output")):
+        with pytest.raises(Outage, match="cannot be read: the request failed") as caught:  # at the start of a command
+            check()
+        assert caught.value.code == 75 and "\n" not in str(caught.value)
     assert any_store.failed() > 5
 
 
