@@ -42,21 +42,21 @@ class _ShortRepr(reprlib.Repr):
         self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, VALUE_LENGTH, VALUE_LENGTH, VALUE_LENGTH
         self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 12
 
-    def repr1(self, value: Any, level: int) -> str:
+    def repr1(self, x: Any, level: int) -> str:
         for kind in (dict, list, tuple, set, frozenset):
-            if isinstance(value, kind):
-                return getattr(self, f"repr_{kind.__name__}")(value, level)
-        return super().repr1(value, level)
+            if isinstance(x, kind):
+                return getattr(self, f"repr_{kind.__name__}")(x, level)
+        return super().repr1(x, level)
 
-    def repr_dict(self, value: Any, level: int) -> str:
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
         """The first keys in their own order: sorting many would take long."""
-        if level <= 0 and value:
+        if level <= 0 and x:
             return "{...}"
-        pairs = (
-            f"{self.repr1(key, level - 1)}: {self.repr1(item, level - 1)}"
-            for key, item in itertools.islice(value.items(), self.maxdict)
-        )
-        return "{" + ", ".join([*pairs, *["..."] * (len(value) > self.maxdict)]) + "}"
+        pairs = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}"
+            for key, value in itertools.islice(x.items(), self.maxdict)
+        ]
+        return "{" + ", ".join([*pairs, *["..."] * (len(x) > self.maxdict)]) + "}"
 
 
 VALUE_LENGTH = 120  # characters of a value in a message

@@ -79,8 +79,13 @@ class _RepeatSignal:
         if not number or threading.current_thread() is not main:
             self._hook(unraisable)
             return
+
+        def send() -> None:
+            if main.is_alive() and main.ident is not None:
+                signal.pthread_kill(main.ident, number)
+
         # Later, from another thread: what is raised before this hook has returned is dropped as well.
-        timer = threading.Timer(REPEAT_SECONDS, lambda: main.is_alive() and signal.pthread_kill(main.ident, number))
+        timer = threading.Timer(REPEAT_SECONDS, send)
         timer.daemon = True
         with contextlib.suppress(RuntimeError):  # no thread can start any more: the process is at its end
             timer.start()

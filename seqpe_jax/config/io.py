@@ -605,7 +605,7 @@ def _without_foreign_fields(
     if not isinstance(section, dict):
         return values
     kind = section.get("kind", "seqpe")
-    if kind not in ENCODINGS:
+    if not isinstance(kind, str) or kind not in ENCODINGS:
         raise InputError(
             f"config field 'encoding.kind' is {format_value(kind)}.{suggest(format_value(kind), ENCODINGS)}"
         )

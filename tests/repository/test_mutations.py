@@ -175,7 +175,7 @@ def test_stored_configs():
     def read(changes):
         values = config.to_dict(tiny_config())
         for (section, name), value in changes:
-            if name:
+            if name and isinstance(values[section], dict):
                 values[section][name] = value
             else:
                 values[section] = value
