@@ -307,7 +307,11 @@ def shrunken(name, folder):
         values |= {"data.name": "qa_jsonl", "data.paths": (str(folder / "questions.jsonl"),)}
     else:
         (folder / "text.txt").write_text("a line of text, and another one\n" * 60)
-        values |= {"data.name": "text_files", "data.paths": (str(folder / "text.txt"),)}
+        path_of_text = (str(folder / "text.txt"),)
+        if shipped.data.mixture:
+            values |= {"data.mixture": {one: {"paths": path_of_text} for one in "ab"}, "data.tokenizer": "bytes_eos"}
+        else:
+            values |= {"data.name": "text_files", "data.paths": path_of_text}
     return config.load(path, values)
 
 
