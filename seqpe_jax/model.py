@@ -1,20 +1,23 @@
 """`Model`, the public handle on a trained model: logits, position vectors, generation, evaluation, saving and export."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqpe_jax.config import Config
-from seqpe_jax.data.images import normalize_pixels
+from seqpe_jax.axes import size_label
+from seqpe_jax.config import Config, check_size
+from seqpe_jax.data.images import eval_example, normalize_pixels, read_image
 from seqpe_jax.data.tokenizers import Tokenizer, decode_continuation
 from seqpe_jax.distributed.progress import ProgressLine
-from seqpe_jax.distributed.sharding import make_mesh
+from seqpe_jax.distributed.sharding import batch_shards, make_mesh
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError, encode_utf8
 from seqpe_jax.inference import export
@@ -22,13 +25,18 @@ from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.compiled import CompiledModel, compiled_model
 from seqpe_jax.inference.decode import Generation, Sampling
 from seqpe_jax.inference.export import PLATFORMS
-from seqpe_jax.interop import hf_decoders, run_writer, torch_reference
+from seqpe_jax.interop import hf_decoders, hf_images, run_writer, torch_reference
+from seqpe_jax.losses.task import likeliest_classes
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params, Shape
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks import LanguageModeling, Task, task_class
 from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
+from seqpe_jax.tasks.predictions import top_classes
 from seqpe_jax.trees import num_params
 
 Start = int | Sequence[int] | None
+ImageInput = str | os.PathLike | np.ndarray  # a file, or uint8[H, W, C]
+RAW_PIXELS = 4.0  # times the largest normalized pixel: float images beyond are not normalized
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -108,11 +116,12 @@ class Model:
 
         Args:
           inputs: tokens int32[B, L]; images [B, H, W, C] or videos [B, T, H, W, C]. uint8 pixels are normalized here with
-            `data_spec.mean` and `data_spec.std`, float32 pixels must be normalized so already.
+            `data_spec.mean` and `data_spec.std`; float32 pixels must be normalized so already, and those that go far beyond
+            (0 to 255) are refused.
           start: first position in tokens or patches, an int or one per axis; None = the origin.
 
         Raises:
-          InputError: inputs of another kind or size, unknown tokens, pixels without known statistics, positions beyond the
+          InputError: inputs of another kind or size, unknown tokens, pixels without known statistics or not normalized, positions beyond the
             digits, or a position encoder alone.
         """
         if self.model_spec.network is None:
@@ -120,6 +129,90 @@ class Model:
         inputs = self._checked_inputs(jnp.asarray(inputs))
         first = self._checked_start(start, self.model_spec.grid_of(inputs.shape))
         return self.compiled.logits(self.params, inputs, first)
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes of a model of images, by label, as far as its folder has them; () = unknown."""
+        return (RunDir(self.folder).class_names or ()) if self.folder else hf_images.class_names(self.source)
+
+    def predict(
+        self, images: ImageInput | Sequence[ImageInput], size: int | Shape | None = None, *, top: int = 5
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """Returns the likeliest classes of an image, or of each of several.
+
+        Images are decoded, rotated upright, resized and cropped as in an evaluation, and normalized with `data_spec`.
+
+        Args:
+          images: a file, or uint8[H, W, C] of any size; or several of them.
+          size: side or (height, width) in pixels that the model reads; None = that of training.
+          top: number of classes.
+
+        Returns:
+          {"file": its name, or None of an array, "top": [(class, probability), ...]}, the likeliest class first.
+
+        Raises:
+          InputError: a model of text or videos, a size beyond the positions, or a file that is no image or damaged.
+        """
+        if isinstance(images, str | os.PathLike) or isinstance(images, np.ndarray) and images.ndim == 3:
+            ((found,),) = self._predictions([images], size, top)
+            return found
+        items, results = list(images), []
+        line = ProgressLine(len(items), label="image")
+        for part in self._predictions(items, size, top):
+            results += part
+            line.update(len(results))
+        line.close()
+        return results
+
+    def _predictions(
+        self, images: Sequence[ImageInput], size: int | Shape | None, top: int
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yields the predictions of `predict`, batch by batch."""
+        sides = self._image_sides(size)
+        if top < 1:
+            raise InputError(f"top must be at least 1, got {top}")
+        rows = max(1, self.config.eval.batch_tokens // math.prod(self.config.grid_of(sides)))
+        shards = batch_shards(self.mesh)
+        rows = -(-min(rows, len(images) or 1) // shards) * shards
+        prepare = functools.partial(self._prepared_image, sides=sides)
+        with concurrent.futures.ThreadPoolExecutor(max(1, self.config.data.threads)) as pool:
+            for first in range(0, len(images), rows):
+                pixels_B = list(pool.map(prepare, images[first : first + rows]))
+                padding = [pixels_B[0]] * (rows - len(pixels_B))
+                likeliest = likeliest_classes(self.logits(np.stack([*pixels_B, *padding])), top)
+                labels_BK, probabilities_BK = map(np.asarray, (likeliest["classes"], likeliest["probabilities"]))
+                yield [
+                    {
+                        "file": None if isinstance(image, np.ndarray) else os.fspath(image),
+                        "top": top_classes(labels_BK[row], probabilities_BK[row], self.class_names),
+                    }
+                    for row, image in enumerate(images[first : first + rows])
+                ]
+
+    def _image_sides(self, size: int | Shape | None) -> Shape:
+        """Returns the (height, width) that images are read at. Raises: InputError: no model of images, or not possible."""
+        if not self.model_spec.is_image or len(self.config.data.size) != 2:
+            kind = "videos: give frames to logits" if self.model_spec.is_image else "text: it predicts no classes"
+            raise InputError(f"this model reads {kind}")
+        sides = self.config.data.size if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        check_size(self.config, sides, "size")
+        grid, max_grid = self.config.grid_of(sides), self.model_spec.max_grid
+        if max_grid is not None and any(count > most for count, most in zip(grid, max_grid, strict=True)):
+            raise InputError(
+                f"size {size_label(sides)} is beyond the exported range: choose less, or export the run again with "
+                f"--max-size={max(sides)}"
+            )
+        return sides
+
+    def _prepared_image(self, image: ImageInput, sides: Shape) -> np.ndarray:
+        """Returns an image as an evaluation reads it, uint8[H, W, C]. Raises: InputError: it cannot be read."""
+        channels = self.data_spec.channels
+        pixels = image
+        if not isinstance(image, np.ndarray):
+            pixels = read_image(os.fspath(image), channels, self.config.data.bit_depth, self.config.data.max_pixels)
+        elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != channels:
+            raise InputError(f"an image must be uint8[height, width, {channels}], got {image.dtype}{list(image.shape)}")
+        return eval_example({"image": pixels, "label": 0}, sides, self.config.data.crop_ratio)["images"]
 
     def encode_positions(self, positions: Any) -> jax.Array:
         """Returns SeqPE's vectors of positions, float32[R, E].
@@ -329,6 +422,16 @@ class Model:
     def _normalized(self, images: jax.Array) -> jax.Array:
         """Returns float images. Raises: InputError: integers that cannot be normalized."""
         if jnp.issubdtype(images.dtype, jnp.floating):
+            if self.data_spec.mean and images.size:
+                limits = [
+                    max(mean, 1 - mean) / std for mean, std in zip(self.data_spec.mean, self.data_spec.std, strict=True)
+                ]
+                largest = float(jnp.abs(images).max())
+                if largest > RAW_PIXELS * max(limits):
+                    raise InputError(
+                        f"float images must be normalized, at most about {max(limits):.1f} here, got {largest:.4g}: give uint8, "
+                        "which is normalized here, or subtract data_spec.mean and divide by data_spec.std of pixels in 0 to 1"
+                    )
             return images
         if images.dtype != jnp.uint8:
             raise InputError(

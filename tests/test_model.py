@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import seqpe_jax
 from seqpe_jax import config, loading
@@ -261,6 +262,7 @@ def test_the_data_spec_is_that_of_the_model_not_of_its_data(tmp_path):
         (lambda model: model.generate("a", 0), "at least 1"),
         (lambda model: model.generate("a", 1000), "position 1000"),
         (lambda model: model.evaluate(sizes=(8,)), "is a run on text"),
+        (lambda model: model.predict("a.png"), "this model reads text: it predicts no classes"),
         (lambda model: model.evaluate(lengths=(4000,)), "position 3999"),
     ],
 )
@@ -275,6 +277,34 @@ def test_pixels_are_normalized_as_in_training(photos):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
     normalized = (pixels / 255 - np.asarray(model.data_spec.mean)) / np.asarray(model.data_spec.std)
     np.testing.assert_allclose(model.logits(pixels), model.logits(normalized.astype(np.float32)), atol=1e-5)
+
+
+def test_images_get_their_likeliest_classes(photos, tmp_path):
+    """Of files and arrays, resized, named and sorted; the same as those of the logits."""
+    model = seqpe_jax.load(photos)
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
+    Image.fromarray(pixels[0, ..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(np.repeat(pixels[1], 3, axis=-1)).resize((16, 16), Image.Resampling.NEAREST).save(
+        tmp_path / "a.png"
+    )
+    found = model.predict([tmp_path / "grey.png", pixels[1], pixels[2]], top=3)
+    expected = np.asarray(jax.nn.softmax(model.logits(pixels)))
+    for one, probabilities in zip(found, expected, strict=True):
+        order = np.argsort(-probabilities)[:3]
+        assert [name for name, _ in one["top"]] == [model.class_names[label] for label in order]
+        np.testing.assert_allclose([value for _, value in one["top"]], probabilities[order], rtol=1e-4)
+    assert found[0]["file"] == str(tmp_path / "grey.png") and found[1]["file"] is None
+    assert len(model.predict(str(tmp_path / "a.png"), size=(8, 12), top=99)["top"]) == 10
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    for call, words in (
+        (lambda: model.predict(tmp_path / "cut.png"), "cannot read image '.*cut.png'"),
+        (lambda: model.predict(pixels.astype(np.float32)[0]), r"uint8\[height, width, 1\], got float32\[8, 8, 1\]"),
+        (lambda: model.predict(pixels[0], size=9), "size 9x9 does not divide into patches"),
+        (lambda: model.logits(pixels.astype(np.float32)), "float images must be normalized, at most about .* got 25"),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
 
 
 def test_bad_requests_to_a_model_of_images_are_refused(photos):

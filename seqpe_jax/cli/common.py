@@ -25,6 +25,7 @@ from seqpe_jax.trees import flatten_dict
 flags.disclaim_key_flags()  # the flags of `define_process_flags` belong to the command that calls it
 _COMMAND = ["__main__"]  # name of the command's module; `run` sets it
 MAX_MESSAGE = 2000  # characters of a line about an error
+NUMBER = "[1-9][0-9]{0,17}"  # pattern of a positive number
 PROCESS_FLAGS = ("coordinator", "num-processes", "process-id", "start-timeout")
 
 
@@ -62,6 +63,24 @@ def define_path(
       allowed: file names of a run folder that this flag may overwrite (`run_dir.OUTPUT_FILES`); others are refused.
     """
     return flags.DEFINE(_PathParser(name, writes, local, allowed), name, None, help)
+
+
+def parse_sizes(items: list[str], flag: str, pattern: str, wanted: str) -> tuple[tuple[int, ...], ...]:
+    """Returns the numbers of a flag's items.
+
+    Args:
+      items: texts such as "224" or "384x512".
+      flag: name of the flag, for the message.
+      pattern: regular expression that each item must match.
+      wanted: description of such an item, for the message.
+
+    Raises:
+      InputError: an item does not match.
+    """
+    for item in items:
+        if not re.fullmatch(pattern, item):
+            raise InputError(f"{flag} must be {wanted} separated by commas, got '{item}'")
+    return tuple(tuple(map(int, item.split("x"))) for item in items)
 
 
 def define_checkpoint_choice() -> flags.FlagHolder:

@@ -4,11 +4,12 @@ python -m seqpe_jax.evaluate --checkpoint=runs/first --lengths=64,128,256,512,10
 python -m seqpe_jax.evaluate --checkpoint=runs/first --contexts=64,256,1024 --output=runs/first/evaluation.json
 python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24x32 --output=runs/digits/evaluation.json
 python -m seqpe_jax.evaluate --checkpoint=downloads/SmolLM2-135M --data=text_files --paths=notes.txt --lengths=512,2048
+python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8 --predictions=predictions.jsonl
 python -m seqpe_jax.evaluate --checkpoint=runs/large --config.mesh.fsdp=8 --output=runs/large/evaluation.json
 python -m seqpe_jax.evaluate --checkpoint=downloads/SmolLM2-135M --suite=passkey,ruler --lengths=512,2048 --output=probes.json
 """
 
-import re
+import contextlib
 import typing
 
 from absl import flags
@@ -70,28 +71,13 @@ _OUTPUT = common.define_path(
     writes="file",
     allowed=(EVALUATION_FILE,),
 )
+_PREDICTIONS = common.define_path(
+    "predictions",
+    "JSON lines to write, one for each example: losses by token, answers, or the likeliest classes (docs/training.md)",
+    writes="file",
+)
 common.define_mesh_flags()
 common.define_process_flags()
-
-NUMBER = "[1-9][0-9]{0,17}"
-
-
-def parse_sizes(items: list[str], flag: str, pattern: str, wanted: str) -> tuple[tuple[int, ...], ...]:
-    """Returns the numbers of a flag's items.
-
-    Args:
-      items: texts such as "224" or "384x512".
-      flag: name of the flag, for the message.
-      pattern: regular expression that each item must match.
-      wanted: description of such an item, for the message.
-
-    Raises:
-      InputError: an item does not match.
-    """
-    for item in items:
-        if not re.fullmatch(pattern, item):
-            raise InputError(f"{flag} must be {wanted} separated by commas, got '{item}'")
-    return tuple(tuple(map(int, item.split("x"))) for item in items)
 
 
 SUITE_FLAGS = {"depths": _DEPTHS, "suite-seed": _SUITE_SEED, "effective-score": _EFFECTIVE_SCORE}
@@ -140,12 +126,15 @@ def main() -> None:
     from seqpe_jax import loading
     from seqpe_jax.distributed import processes
     from seqpe_jax.tasks.evaluate import EvalRequest, check_request, evaluate, write
+    from seqpe_jax.tasks.predictions import check_predictions_path, predictions_file
 
     common.start_processes()
-    lengths = parse_sizes(_LENGTHS.value, "--lengths", f"0*{NUMBER}", "positive whole numbers")
-    contexts = tuple(c for (c,) in parse_sizes(_CONTEXTS.value, "--contexts", f"0*{NUMBER}", "positive whole numbers"))
+    lengths = common.parse_sizes(_LENGTHS.value, "--lengths", f"0*{common.NUMBER}", "positive whole numbers")
+    contexts = tuple(
+        c for (c,) in common.parse_sizes(_CONTEXTS.value, "--contexts", f"0*{common.NUMBER}", "positive whole numbers")
+    )
     wanted = "sides in pixels, 224 or 384x512, or 16x32x32 for 16 frames of a video,"
-    sizes = parse_sizes(_SIZES.value, "--sizes", f"0*{NUMBER}(x0*{NUMBER}){{0,2}}", wanted)
+    sizes = common.parse_sizes(_SIZES.value, "--sizes", f"0*{common.NUMBER}(x0*{common.NUMBER}){{0,2}}", wanted)
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
     if _PATHS.value and not (_DATA.value or _SUITE.value):
         raise InputError("--paths is the path of --data: give both, e.g. --data=text --paths=notes.txt")
@@ -175,9 +164,17 @@ def main() -> None:
         check_request(loading.folder_config(run, _IGNORE_FIELDS.value), folder, request)
     if not (run.is_model() or request.data or request.suites):
         raise InputError(f"{folder} has no data set of its own: name one, such as --data=text_files --paths=FILE")
+    if _PREDICTIONS.value:
+        check_predictions_path(_PREDICTIONS.value, folder)
     options = config_flags.mesh_overrides(), _IGNORE_FIELDS.value, _WEIGHTS.value or ""
     model = loading.open_folder(run, _WHICH.value, *options)
-    report, arrays = evaluate(model, request)
+    with contextlib.ExitStack() as stack:
+        write_prediction = None
+        if _PREDICTIONS.value and processes.is_main_process():
+            write_prediction = stack.enter_context(predictions_file(_PREDICTIONS.value, folder, model.step))
+        report, arrays = evaluate(model, request, write_prediction)
+    if write_prediction is not None:
+        print(f"written: {_PREDICTIONS.value}")
     if _OUTPUT.value and processes.is_main_process():
         for file in write(report, arrays, as_path(_OUTPUT.value)):
             print(f"written: {file}")

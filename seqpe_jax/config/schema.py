@@ -137,6 +137,11 @@ class DataConfig:
     question_weight: float = _field(
         0.0, "weight of the question's tokens in the loss", **limits.FRACTION, of=(DATA_QA,)
     )
+    unanswerable: Literal["skip", "empty"] = _field(
+        "skip",
+        "squad_long: questions without an answer, left out or asked with an empty answer, whose end token is learned",
+        of=(DATA_QA,),
+    )
     size: tuple[int, ...] = _field(
         (), "(height, width), or (frames, height, width) of videos, in pixels", **limits.IMAGE_SIZE, of=IMAGE_LIKE
     )
@@ -145,6 +150,13 @@ class DataConfig:
     )
     bit_depth: int = _field(
         0, "image_folder: bits of grey values in 16-bit files; 0 = 16, verified", low=0, high=16, of=IMAGE_LIKE
+    )
+    max_pixels: int = _field(
+        0,
+        "image_folder: largest image, in pixels; 0 = Pillow's limit, 178,956,970",
+        low=0,
+        high=2**40,
+        of=IMAGE_LIKE,
     )
     augment: AugmentConfig = _section(AugmentConfig, of=IMAGE_LIKE)
     cache_dir: str = _field("", "folder of prepared data; '' = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE", path=True)

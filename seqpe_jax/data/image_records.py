@@ -60,7 +60,7 @@ class ImageRecords(Sequence):
         return {"image": record[LABEL.size :], "label": LABEL.unpack_from(record)[0]}
 
 
-def prepared_images(path: str | os.PathLike, name: str, split: str, bit_depth: int) -> ImageSource:
+def prepared_images(path: str | os.PathLike, name: str, split: str, bit_depth: int, max_pixels: int = 0) -> ImageSource:
     """Opens a split of images that `data.prepare` wrote.
 
     Args:
@@ -68,6 +68,7 @@ def prepared_images(path: str | os.PathLike, name: str, split: str, bit_depth: i
       name: `data.name`.
       split: "train", "validation" or "test".
       bit_depth: `data.bit_depth`, which must be that of the preparation.
+      max_pixels: `data.max_pixels`.
 
     Raises:
       InputError: see `shards.open_prepared`; or another bit depth.
@@ -79,6 +80,7 @@ def prepared_images(path: str | os.PathLike, name: str, split: str, bit_depth: i
             f"data.prepared='{found.folder}' was prepared with data.bit_depth={facts['bit_depth']}, not {bit_depth}: set "
             "that, or prepare it again"
         )
+    limits = {"max_pixels": max_pixels} if max_pixels else {}  # of image_folder alone
     return ImageSource(
         name=f"{name}/{split}",
         class_names=tuple(facts["class_names"]),
@@ -87,5 +89,5 @@ def prepared_images(path: str | os.PathLike, name: str, split: str, bit_depth: i
         std=tuple(facts["std"]),
         fingerprint=facts["fingerprint"],
         records=ImageRecords(found),
-        decode=registry.load_builder(name, registry.DATA_IMAGE).decoder(bit_depth),
+        decode=registry.load_builder(name, registry.DATA_IMAGE).decoder(bit_depth, **limits),
     )

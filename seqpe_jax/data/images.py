@@ -14,12 +14,13 @@ from seqpe_jax.data import augment as augmentation
 from seqpe_jax.data import registry
 from seqpe_jax.data.cache import local_copies
 from seqpe_jax.data.datasets.base import check_split, datasets_folder
-from seqpe_jax.data.datasets.image_base import ImageSource
+from seqpe_jax.data.datasets.image_base import ImageSource, limit_pixels, read_rgb
 from seqpe_jax.data.image_records import prepared_images
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import cache_root
 
 DRAWN_SIZE = (32, 32)  # where no size is asked for
+HOW_TO_REPAIR = "replace it by an undamaged PNG or JPEG file, or leave it out"
 
 
 def image_source(
@@ -31,6 +32,7 @@ def image_source(
     cache_dir: str | os.PathLike = "",
     progress: bool = True,
     bit_depth: int = 0,
+    max_pixels: int = 0,
     prepared: str | os.PathLike = "",
     size: Sequence[int] = (),
 ) -> ImageSource:
@@ -47,6 +49,7 @@ def image_source(
       progress: show progress bars and warnings on stderr.
       bit_depth: bit depth of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are
         refused.
+      max_pixels: largest image of image_folder, in pixels; 0 = Pillow's limit.
       prepared: folder of shards that `data.prepare` wrote, which are read in place of `paths`; "" = none.
       size: (height, width) at which images are drawn, of a data set that draws them.
 
@@ -60,8 +63,10 @@ def image_source(
     registry.get(name).check_paths(paths)
     check_split(split)
     if prepared:
-        return prepared_images(prepared, name, split, bit_depth)
-    options: dict[str, Any] = {"bit_depth": bit_depth} if bit_depth else {}
+        return prepared_images(prepared, name, split, bit_depth, max_pixels)
+    options: dict[str, Any] = {
+        name: value for name, value in (("bit_depth", bit_depth), ("max_pixels", max_pixels)) if value
+    }
     if registry.get(name).is_drawn:
         options["size"] = size or DRAWN_SIZE
     return builder.open_split(
@@ -72,6 +77,23 @@ def image_source(
         progress=progress,
         **options,
     )
+
+
+def read_image(file: str, channels: int, bit_depth: int = 0, max_pixels: int = 0) -> np.ndarray:
+    """Returns the pixels of an image file, upright, uint8[H, W, channels].
+
+    Args:
+      file: name of the file.
+      channels: 3, or 1 for grey values.
+      bit_depth: see `image_source`.
+      max_pixels: see `image_source`.
+
+    Raises:
+      InputError: not an image, a damaged one, or one whose values have no known range.
+    """
+    limit_pixels(max_pixels)
+    pixels = read_rgb(file, f"'{file}'", HOW_TO_REPAIR, upright=True, bit_depth=bit_depth)
+    return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
 def train_example(

@@ -73,8 +73,8 @@ def _check_window(tokens: TokenArray, length: int, field: str) -> None:
 class ScoredWindows:
     """Windows of `length` tokens whose last targets are scored.
 
-    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1], "scored": bool[length]};
-    "scored" marks the targets, `tokens[1:]`, whose losses count.
+    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1], "scored": bool[length],
+    "end": int64[]}; "scored" marks the targets, `tokens[1:]`, whose losses count, "end" is the token index of the last one.
 
     Args:
       tokens: 1-D, of a split.
@@ -104,7 +104,7 @@ class ScoredWindows:
         scored = np.arange(length) >= length - self._counts[index]
         if self._document_end is not None:
             scored &= tokens[:-1] != self._document_end
-        return {"tokens": tokens, "scored": scored}
+        return {"tokens": tokens, "scored": scored, "end": np.int64(end)}
 
 
 class Mixture:

@@ -84,7 +84,8 @@ def prepare(
         settings["options"] = registry.get(data.name).options_of(data)
         return prepare_text(output, data.name, **shared, **settings, progress=progress)
     if kind == registry.DATA_IMAGE:
-        return prepare_images(output, data.name, **shared, bit_depth=data.bit_depth, progress=progress)
+        limits = {"bit_depth": data.bit_depth, "max_pixels": data.max_pixels}
+        return prepare_images(output, data.name, **shared, **limits, progress=progress)
     raise InputError(
         f"data.name='{data.name}' has questions, which need no preparation: each host indexes them once; text and images "
         "are prepared"
@@ -376,6 +377,7 @@ def prepare_images(
     *,
     paths: Sequence[str] = (),
     bit_depth: int = 0,
+    max_pixels: int = 0,
     cache_dir: str | os.PathLike = "",
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
@@ -388,6 +390,7 @@ def prepare_images(
       name: a data set of image files of `data.registry`.
       paths: `data.paths`.
       bit_depth: `data.bit_depth`.
+      max_pixels: `data.max_pixels`.
       cache_dir: "" = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       shard_bytes: size of a shard in bytes.
       processes: number of threads that read files.
@@ -399,7 +402,7 @@ def prepare_images(
     Raises:
       InputError: no training images, a damaged file, a data set that has no files, or an output folder with other content.
     """
-    folder, sources = as_path(output), _image_splits(name, paths, bit_depth, cache_dir, progress)
+    folder, sources = as_path(output), _image_splits(name, paths, bit_depth, max_pixels, cache_dir, progress)
     prints = {split: source.fingerprint for split, source in sources.items()}
     plan = {"format": shards.FORMAT, "data": name, "source": prints, "bit_depth": bit_depth, "shard_bytes": shard_bytes}
     splits: dict[str, dict[str, Any]] = {}
@@ -426,7 +429,7 @@ def prepare_images(
 
 
 def _image_splits(
-    name: str, paths: Sequence[str], bit_depth: int, cache_dir: str | os.PathLike, progress: bool
+    name: str, paths: Sequence[str], bit_depth: int, max_pixels: int, cache_dir: str | os.PathLike, progress: bool
 ) -> dict[str, ImageSource]:
     """Returns the splits that the data have. Raises: InputError: no training split, or images that are no files."""
     registry.get(name).check_prepared()
@@ -434,7 +437,13 @@ def _image_splits(
     for split in base.SPLITS:
         try:
             source = image_source(
-                name, split=split, paths=paths, cache_dir=cache_dir, progress=progress, bit_depth=bit_depth
+                name,
+                split=split,
+                paths=paths,
+                cache_dir=cache_dir,
+                progress=progress,
+                bit_depth=bit_depth,
+                max_pixels=max_pixels,
             )
         except InputError as error:
             if split == "train":

@@ -27,6 +27,7 @@ from seqpe_jax.data.qa_index import (
     QUESTIONS_FILE,
     FileSlices,
     Index,
+    answer_text,
     count_example_tokens,
     make_passage_counter,
     truncate_passage,
@@ -74,7 +75,7 @@ def training_example(
     prompt_weight: float = 0.0,
     question_weight: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """Returns prompt + " " + answer + end token, padded on the right with end tokens.
+    """Returns prompt + " " + answer + end token, padded on the right with end tokens; after an empty answer no space.
 
     Args:
       record: a record of a `QASource`.
@@ -95,7 +96,7 @@ def training_example(
     answers = record["outputs"]
     answer = record.get("answer") or answers[0 if rng is None else int(rng.integers(len(answers)))]
     prompt, end = prompt_tokens(record, tokenizer), answer_end_id(tokenizer)
-    sequence = np.concatenate([prompt, tokenizer.encode(f" {answer}".encode()), [end]])
+    sequence = np.concatenate([prompt, tokenizer.encode(answer_text(answer)), [end]])
     if len(sequence) > length:
         raise InputError(
             f"question {record['index']} takes {len(sequence)} tokens with its answer, more than {length}: read the "
@@ -155,13 +156,15 @@ class QASource(abc.ABC):
           sample: histograms are of at most that many examples, evenly spaced.
 
         Returns:
-          {"examples", "length", "skipped": {reason: count}, "kinds": {question type: count}, "sampled", "tokens":
+          {"examples", "length", "skipped": {reason: count}, "unanswerable": questions whose answer is empty, "kinds": {question type: count}, "sampled", "tokens":
           {"from": edges, "count"}, "depth": the same, or None}; tokens are those of prompt + " " + longest answer +
           end.
         """
         kinds: dict[str, int] = {}
-        for _, kind, _ in self.questions():
+        unanswerable = 0
+        for _, kind, answers in self.questions():
             kinds[kind] = kinds.get(kind, 0) + 1
+            unanswerable += answers == ("",)
         indices = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self))).astype(int))
         records = [self[int(index)] for index in indices]
         tokens = [count_example_tokens(self._tokenizer, record["input"], record["outputs"]) for record in records]
@@ -170,6 +173,7 @@ class QASource(abc.ABC):
             "examples": len(self),
             "length": self.length,
             "skipped": dict(self.skipped),
+            "unanswerable": unanswerable,
             "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
             "sampled": len(records),
             "tokens": _histogram(tokens, None),
@@ -184,6 +188,13 @@ class QASource(abc.ABC):
             f"{self.name}: {len(self):,} questions at {self.length} tokens; skipped: {skipped or 'none'}",
             "kinds: " + ", ".join(f"{kind} {100 * count / len(self):.0f}%" for kind, count in found["kinds"].items()),
         ]
+        if found["skipped"].get("without_answer"):
+            lines.append(
+                f"{found['skipped']['without_answer']:,} questions have no answer and are left out (data.unanswerable=empty asks "
+                "squad_long's)"
+            )
+        if found["unanswerable"]:
+            lines.append(f"{found['unanswerable']:,} questions have no answer: the end token alone is right after them")
         for title, form in (("tokens", "{:.0f}"), ("depth", "{:.1f}")):
             if found[title]:
                 bins = zip(found[title]["from"], found[title]["count"], strict=False)
@@ -204,6 +215,7 @@ def qa_source(
     seed: int = 0,
     progress: bool = True,
     max_bare_length: int = 0,
+    options: base.Options = (),
 ) -> QASource:
     """Returns the questions of a split at a length, after preparing and indexing the data set if the cache lacks it.
 
@@ -222,6 +234,7 @@ def qa_source(
       progress: show progress bars on stderr.
       max_bare_length: skip questions with more tokens without distractors, so that sources of several lengths have the
         same questions; 0 = length. Not for qa_jsonl, whose prompts are fixed.
+      options: values of the fields of `data` that the data set alone reads (`Dataset.options_of`).
 
     Raises:
       InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder that is
@@ -239,13 +252,13 @@ def qa_source(
     paths = local_copies(paths, cache_dir, progress)
     title, max_bare_length = f"{name}/{split}", min(max_bare_length or length, length)
     file = QaJsonl.file(split, paths) if builder is QaJsonl else None
-    key = base.file_signature(file, name) if file else builder.source_key(paths)
+    key = base.file_signature(file, name) if file else builder.source_key(paths, options)
 
     def build(folder: pathlib.Path) -> None:
         if file:
             qa_index.index_lines(file, tokenizer, folder, title, progress)
         else:
-            records = base.prepared_split(builder, split, key, paths, data_dir, cache_dir, progress)
+            records = base.prepared_split(builder, split, key, paths, data_dir, cache_dir, progress, options)
             qa_index.index_records(records, builder, tokenizer, folder, title, progress)
 
     folder, index = qa_index.load_index(
@@ -440,7 +453,7 @@ class JsonlQuestions(QASource):
     def __getitem__(self, index: int) -> Record:
         number = int(self._selected[index])
         where = f"'{self._file}', line {self._line_numbers[number]}"
-        identifier, prompt, answers = qa_jsonl.parse(self._lines[number], where)
+        identifier, prompt, answers = qa_jsonl.parse(self._lines[number], where, int(self._line_numbers[number]) - 1)
         return {
             "index": identifier,
             "input": prompt,

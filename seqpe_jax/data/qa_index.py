@@ -19,7 +19,7 @@ from seqpe_jax.data.datasets.qa_base import QABuilder
 from seqpe_jax.data.tokenizers import Tokenizer
 from seqpe_jax.errors import InputError
 
-CACHE_FORMAT = 1  # of the three files; caches of another format are not read
+CACHE_FORMAT = 2  # of the three files; caches of another format are not read
 PASSAGES_FILE = "texts.bin"
 QUESTIONS_FILE = "questions.bin"
 INDEX_FILE = "table.npz"
@@ -175,7 +175,7 @@ def index_lines(file: pathlib.Path, tokenizer: Tokenizer, folder: pathlib.Path, 
     content = hashlib.sha256()
     bar = tqdm.tqdm(qa_jsonl.lines(file), f"index {title}", unit=" lines", delay=2.0, disable=not progress)
     for number, offset, line in bar:
-        _, prompt, answers = qa_jsonl.parse(line, f"'{file}', line {number}")
+        _, prompt, answers = qa_jsonl.parse(line, f"'{file}', line {number}", number - 1)
         tokens.append(count_example_tokens(tokenizer, prompt, answers))
         starts.append(offset)
         numbers.append(number)
@@ -208,9 +208,14 @@ def make_passage_counter(tokenizer: Tokenizer) -> Callable[[str], int]:
     return count
 
 
+def answer_text(answer: str) -> bytes:
+    """Returns the text of an answer after its prompt: a space and the answer, or nothing for an empty one."""
+    return f" {answer}".encode() if answer else b""
+
+
 def count_example_tokens(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> int:
     """Returns the number of tokens of prompt + " " + longest answer + end token."""
-    encoded = tokenizer.encode_many([prompt.encode(), *(f" {answer}".encode() for answer in answers)])
+    encoded = tokenizer.encode_many([prompt.encode(), *map(answer_text, answers)])
     return len(encoded[0]) + max(map(len, encoded[1:])) + 1
 
 

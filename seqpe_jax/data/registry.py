@@ -252,9 +252,11 @@ register(
         f"{_FOLDER}.squad_long:SquadLong",
         paths="one",
         paths_hint=(
-            "give one file in SQuAD's JSON format, or a folder with train-*.json and dev-*.json (train-v1.1.json and "
-            "dev-v1.1.json, or v2.0, from rajpurkar.github.io/SQuAD-explorer)"
+            "give one file in SQuAD's JSON format, or of rows {context, question, answers} as JSON lines or Parquet, or a folder "
+            "with train-*.json and dev-*.json (train-v1.1.json and dev-v1.1.json, or v2.0, from "
+            "rajpurkar.github.io/SQuAD-explorer)"
         ),
+        options=("unanswerable",),
     )
 )
 register(
@@ -337,9 +339,9 @@ register(
         paths="one",
         paths_hint=(
             "give a directory ROOT/{train,validation,test}/CLASS/*.png (jpg, tif, gif, ...), or ROOT/CLASS/*, which is "
-            "split 80/10/10"
+            "split 80/10/10, or a CSV file of labels"
         ),
-        options=("bit_depth",),
+        options=("bit_depth", "max_pixels"),
         has_image_files=True,
     )
 )

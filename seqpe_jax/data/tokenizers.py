@@ -56,6 +56,7 @@ class Tokenizer(Protocol):
       ids: rising; those that have a token.
       eos_id: the id between documents, or None.
       start_id: the id that an empty prompt begins with, or None.
+      adds_start: other programs begin each text with that id, as its file says; `encode` never does.
       special_tokens: their spelling in a text is encoded as plain text.
       digest: hex digits, equal for tokenizers that give equal ids.
       fingerprint: hex digits, equal for tokenizers that give equal ids and have the same EOS token.
@@ -66,6 +67,7 @@ class Tokenizer(Protocol):
     ids: np.ndarray
     eos_id: int | None
     start_id: int | None
+    adds_start: bool
     special_tokens: frozenset[str]
     digest: str
     fingerprint: str
@@ -122,6 +124,7 @@ class ByteTokenizer:
     vocab_size = 256
     ids = np.arange(256)
     start_id = ord("\n")  # files of text end with it
+    adds_start = False
     special_tokens: frozenset[str] = frozenset()
 
     def __init__(self, with_end: bool = False):
@@ -202,6 +205,7 @@ class HFTokenizer:
         self.start_id = next(
             (vocabulary[token] for token in bos_tokens if isinstance(token, str) and token in vocabulary), self.eos_id
         )
+        self.adds_start = self._tokenizer.encode("", add_special_tokens=True).ids[:1] == [self.start_id]
         self.special_tokens = frozenset(special) | {token for token in EOS_TOKENS if token in vocabulary}
         self.digest = self.fingerprint = "hf-" + hashlib.sha256(self._content).hexdigest()[:16]
         if self.eos_id != usual:  # documents are joined in another way than the file alone says

@@ -6,6 +6,7 @@ is not known here has arrays of its own, which are refused by their names.
 
 import dataclasses
 import math
+import os
 import pathlib
 import re
 import sys
@@ -18,6 +19,7 @@ from seqpe_jax import config as configs
 from seqpe_jax.config import Config, limits
 from seqpe_jax.data.registry import PHOTO_MEAN, PHOTO_STD
 from seqpe_jax.errors import InputError, format_value, suggest
+from seqpe_jax.files import as_path, parse_json
 from seqpe_jax.interop import hf, torch_config, weights
 from seqpe_jax.interop.foreign import Arrays, ForeignCheckpoint
 from seqpe_jax.interop.hf_families import ACTIVATIONS, COMMON_VALUES, NEUTRAL, Settings
@@ -126,6 +128,16 @@ class _Known:
 def is_image_folder(settings: Settings) -> bool:
     """Returns whether a config.json is that of a vision transformer."""
     return settings.get("model_type") in KINDS or "architecture" in settings
+
+
+def class_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """Returns the names of the classes that a folder's config.json gives (id2label); () without names."""
+    try:
+        names = parse_json((as_path(path) / "config.json").read_bytes()).get("id2label")
+        names = tuple(str(names[str(label)]) for label in range(len(names)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # no folder of Hugging Face, or no such names
+        return ()
+    return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
 def read(path: pathlib.Path, settings: Settings) -> ForeignCheckpoint:

@@ -17,6 +17,7 @@ from seqpe_jax.losses.image_mixing import mix_images
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Z_TERM = "term/z_loss"  # metric of the squared normalizers
+TOP_CLASSES = 5  # likeliest classes of an image that an evaluation returns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,9 +251,26 @@ class ClassificationLoss:
     def eval_step(
         self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
     ) -> dict[str, jax.Array]:
-        """Returns {"loss": float32[B] in nats, "rank": int32[B], see `ranks`}, without dropout."""
+        """Returns what is measured of each image, without dropout.
+
+        Returns:
+          {"loss": float32[B] in nats, "rank": int32[B], see `ranks`, "labels": int32[B], "classes": int32[B, K], the
+          likeliest classes, and "probabilities": float32[B, K], with K = `TOP_CLASSES` or all classes}.
+        """
         logits_BV = network.apply(variables, model_images(batch, self.mean, self.std)["images"], signal)
-        return {"loss": cross_entropy(logits_BV, batch["labels"])[1], "rank": ranks(logits_BV, batch["labels"])}
+        return {
+            "loss": cross_entropy(logits_BV, batch["labels"])[1],
+            "rank": ranks(logits_BV, batch["labels"]),
+            "labels": batch["labels"],  # also of the rows that another process reads
+            **likeliest_classes(logits_BV),
+        }
+
+
+def likeliest_classes(logits_BV: jax.Array, count: int = TOP_CLASSES) -> dict[str, jax.Array]:
+    """Returns {"classes": int32[B, K], "probabilities": float32[B, K]}, K = `count` or all classes, the likeliest first."""
+    probabilities_BV = jax.nn.softmax(logits_BV.astype(jnp.float32))
+    probabilities_BK, classes_BK = jax.lax.top_k(probabilities_BV, min(count, logits_BV.shape[-1]))
+    return {"classes": classes_BK, "probabilities": probabilities_BK}
 
 
 def ranks(logits_BV: jax.Array, labels_B: jax.Array) -> jax.Array:

@@ -38,6 +38,8 @@ OPTIONAL_RESULT_FIELDS: FieldTypes = dict.fromkeys(("tokens", "examples", *HIGHE
     "loss_by_position": dict,
     "depth": list,
     "distance": list,
+    "by_class": dict,
+    "confusion": dict,
 }
 POSITION_TERMS = ("logit", "kernel", "factor", "gate")  # in position_curves.npz
 ANCHORS_ARRAY = "pivots"  # in similarity.npz
@@ -128,6 +130,10 @@ def _check_curves(result: dict[str, Any]) -> None:
         positions, losses = (np.asarray(curve[name], float) for name in ("position", "loss"))
         if positions.ndim != 1 or positions.shape != losses.shape or not len(positions) or not 0 <= positions.min():
             raise ValueError(positions.shape)
+    if confusion := result.get("confusion"):
+        counts = np.asarray(confusion["counts"], float)
+        if counts.shape != (len(confusion["classes"]),) * 2 or not counts.size or not counts.min() >= 0:
+            raise ValueError(counts.shape)
     for part in result.get("depth") or ():
         _ = [float(part[name]) for name in ("from", "to", "contains")]
     for part in result.get("distance") or ():

@@ -1,4 +1,4 @@
-"""Plots of a report: training, extrapolation, loss by position, answers, position curves, similarity, attention."""
+"""Plots of a report: training, extrapolation, loss by position, answers, classes, position curves, similarity, attention."""
 
 import functools
 import math
@@ -48,6 +48,7 @@ TERM_TITLES = {
     "gate": "mean product of gates",
 }
 MAX_NAMED_LAYERS = 8  # more would hide the curves
+MAX_WRITTEN_CLASSES = 20  # of a confusion matrix, with its numbers in it
 MAX_MAPS = 6  # layers and heads of which maps are drawn
 
 
@@ -77,7 +78,7 @@ def plot_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[P
 
 def plot_run(run: Run) -> Iterator[Plot]:
     """Yields the plots of one run; the caller closes each before it takes the next."""
-    for draw in (answer_depth, suite_depth, position_curves, similarity, attention):
+    for draw in (answer_depth, suite_depth, confusion, position_curves, similarity, attention):
         with matplotlib.rc_context(RC_PARAMS):
             plot = draw(run)
         if plot is not None:
@@ -389,6 +390,38 @@ def _values_by_length(results: Sequence[dict[str, Any]], found_DL: np.ndarray) -
         f"{result['label']} tokens: {', '.join(f'{value:.0f}' if np.isfinite(value) else '-' for value in found_D)}"
         for result, found_D in zip(results, found_DL.T, strict=True)
     )
+
+
+def confusion(run: Run) -> Plot | None:
+    """Draws how often each class is taken for each other at the size nearest to that of training; None without counts."""
+    results = [result for result in run.results if result.get("confusion")]
+    if not results:
+        return None
+    result = min(results, key=lambda result: abs(result["extent"] - run.training_size["extent"]))
+    names, counts = list(map(str, result["confusion"]["classes"])), np.array(result["confusion"]["counts"], float)
+    totals = counts.sum(axis=1, keepdims=True)
+    share = np.divide(100 * counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
+    side = 2.5 + 0.32 * len(names)
+    figure, axes = plt.subplots(figsize=(side + 1.0, side), dpi=DPI, layout="constrained")
+    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100, interpolation="none")
+    if len(names) <= MAX_WRITTEN_CLASSES:
+        for row, column in np.argwhere(counts > 0):
+            value = share[row, column]
+            colour = "black" if value > 55 else "white"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(left=False, bottom=False, labelsize=8)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    bar = figure.colorbar(image, label="percent of the true class", shrink=0.8)
+    bar.outline.set_visible(False)
+    right = "; ".join(
+        f"{name}: {value:.0f}" for name, value in zip(names, share.diagonal(), strict=True) if np.isfinite(value)
+    )
+    alt = f"Heat map of predicted classes by true class at {result['label']} pixels. Percent right: {right}."
+    return Plot(f"confusion_{run.name}", f"Predicted classes ({result['label']} pixels)", alt, figure)
 
 
 def position_curves(run: Run) -> Plot | None:

@@ -98,7 +98,8 @@ class ResultsCache:
         for name in ("checkpoint", "made_from"):  # of this machine
             evaluation.pop(name, None)
         for result in evaluation.get("results", []):
-            result.pop("loss_by_position", None)
+            for name in ("loss_by_position", "by_class", "confused", "confusion"):
+                result.pop(name, None)
         return {"settings": differing, "metrics": lines, "evaluation": evaluation}
 
     def _restore(self, run: SweepRun) -> bool:

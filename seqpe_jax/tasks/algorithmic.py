@@ -30,6 +30,7 @@ class AlgorithmicSequences(LanguageModeling):
     """
 
     kind = "algorithmic"
+    has_predictions = False
     metric_names = training_metrics("sequences")
 
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):

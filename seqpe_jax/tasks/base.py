@@ -22,6 +22,7 @@ from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params, Shape
 from seqpe_jax.positions import sampling
 from seqpe_jax.run_dir import Fingerprint
+from seqpe_jax.tasks.predictions import WriteRecord
 
 SPLITS = ("train", "validation", "test")
 
@@ -61,6 +62,7 @@ class EvalContext:
       progress: called with the number of examples done, and of all.
       local_rows: number of rows of a batch -> indices of those that this process reads, if it does not read all.
       put_local_rows: lays out a batch of which this process has `local_rows`.
+      write_prediction: called with a record of each example (`tasks.predictions`); None = nobody asks for them.
     """
 
     eval_step: Callable[[dict[str, Any]], dict[str, jax.Array]]
@@ -70,6 +72,7 @@ class EvalContext:
     progress: Progress = no_progress
     local_rows: Callable[[int], Sequence[int]] = range
     put_local_rows: Callable[[dict[str, Any]], dict[str, jax.Array]] | None = None
+    write_prediction: WriteRecord | None = None
 
 
 class Evaluator(Protocol):
@@ -111,6 +114,7 @@ class Task(abc.ABC):
       count_name: unit of throughput, "tokens" or "images".
       size_name: key of the evaluation size in results.
       metric_names: metrics that evaluations during training report, over all data sets of the task.
+      has_predictions: an evaluation writes what the model answers for each example (`EvalContext.write_prediction`).
       config: config of the run.
       task_loss: loss that the model is trained with.
       data_spec: data spec (vocabulary size, classes, channels).
@@ -123,6 +127,7 @@ class Task(abc.ABC):
     count_name: ClassVar[str]
     size_name: ClassVar[str]
     metric_names: ClassVar[tuple[str, ...]]
+    has_predictions: ClassVar[bool] = True
 
     @classmethod
     def training_metrics(cls, config: Config) -> tuple[str, ...]:
@@ -264,6 +269,7 @@ def evaluate_at(
     eval_size: Shape,
     split: str,
     progress: Progress = no_progress,
+    write_prediction: WriteRecord | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model at one size; its position signal is computed once.
 
@@ -274,6 +280,7 @@ def evaluate_at(
       eval_size: (length,), (height, width) or (frames, height, width).
       split: name of the split.
       progress: called with the number of examples done, and of all.
+      write_prediction: see `EvalContext`.
 
     Returns:
       The result, as the command `evaluate` writes it.
@@ -296,6 +303,7 @@ def evaluate_at(
         progress=progress,
         local_rows=lambda count: sharding.rows_by_process(compiled.mesh, count)[jax.process_index()],
         put_local_rows=functools.partial(sharding.from_local_rows, compiled.mesh),
+        write_prediction=write_prediction,
     )
     return evaluator.evaluate(ctx, eval_size, split)
 

@@ -22,6 +22,7 @@ from seqpe_jax.models.build import ModelSpec, Shape
 from seqpe_jax.run_dir import EVALUATION_FILE, RunDir, changed_fingerprints, describe_fingerprint
 from seqpe_jax.tasks.base import Evaluator, check_eval_size, evaluate_at
 from seqpe_jax.tasks.metrics import SCORES, long_perplexity, write_answers
+from seqpe_jax.tasks.predictions import WriteRecord
 from seqpe_jax.tasks.suites import SuiteRequest, check_suites, evaluate_suites
 from seqpe_jax.trees import num_params
 
@@ -80,12 +81,15 @@ class EvalRequest:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def evaluate(model: Any, request: EvalRequest) -> tuple[dict[str, Any], Arrays]:
+def evaluate(
+    model: Any, request: EvalRequest, write_prediction: WriteRecord | None = None
+) -> tuple[dict[str, Any], Arrays]:
     """Evaluates a model.
 
     Args:
       model: a `seqpe_jax.Model`; an export is evaluated up to the grid that it serves.
       request: lengths or sizes, data and limits.
+      write_prediction: called with what the model answers for each example (`tasks.predictions`); in one process of a run.
 
     Returns:
       The report as `evaluate --output` stores it, except that results on questions hold "answers", (records, hypotheses);
@@ -95,7 +99,7 @@ def evaluate(model: Any, request: EvalRequest) -> tuple[dict[str, Any], Arrays]:
       InputError: a length or size that cannot be evaluated, data that cannot be read, damaged parameters.
     """
     if request.suites is not None:
-        return _evaluate_suites(model, request.suites), {}
+        return _evaluate_suites(model, request.suites, write_prediction), {}
     check_request(model.config, model.folder, request)
     settings = _requested_config(model.config, request)
     sizes = _checked_sizes(settings, request)
@@ -103,6 +107,8 @@ def evaluate(model: Any, request: EvalRequest) -> tuple[dict[str, Any], Arrays]:
         original = model
         model = dataclasses.replace(model, config=settings, load_params=lambda: original.params)
     task, split = model.task, request.split
+    if write_prediction is not None and not task.has_predictions:
+        raise InputError(f"--predictions is not written of data.name={settings.data.name}: leave it out")
     named = bool(request.lengths or sizes or request.contexts)
     work = [(task, eval_size) for eval_size in request.lengths or sizes or (() if named else task.eval_sizes())]
     if request.contexts or not named:
@@ -110,7 +116,9 @@ def evaluate(model: Any, request: EvalRequest) -> tuple[dict[str, Any], Arrays]:
     for evaluator, eval_size in work:  # before the parameters are read
         check_eval_size(evaluator, model.model_spec.max_grid, eval_size, split)
     _compare_data(model, split, is_run_data=request.data is None)
-    results = [_evaluate_and_print(model, evaluator, eval_size, split) for evaluator, eval_size in work]
+    results = [
+        _evaluate_and_print(model, evaluator, eval_size, split, write_prediction) for evaluator, eval_size in work
+    ]
     long_perplexity(
         [result for result in results if "context" in result], settings.eval.key_gain, settings.eval.key_loss
     )
@@ -119,14 +127,20 @@ def evaluate(model: Any, request: EvalRequest) -> tuple[dict[str, Any], Arrays]:
     return _report(model, split, results) | attention, arrays
 
 
-def _evaluate_suites(model: Any, request: SuiteRequest) -> dict[str, Any]:
+def _evaluate_suites(model: Any, request: SuiteRequest, write_prediction: WriteRecord | None) -> dict[str, Any]:
     """Returns the report of suites of probes. Raises: InputError: they do not fit the model."""
     check_suites(model.config, request)
 
     def run(asked: Any, eval_size: Shape) -> dict[str, Any]:
         check_eval_size(asked.task, asked.model_spec.max_grid, eval_size, "test")
         label = asked.config.data.probe if asked.config.data.name == RETRIEVAL else asked.config.data.name
-        return _evaluate_and_print(asked, asked.task, eval_size, "test", f"{label}, ")
+        write = None
+        if write_prediction is not None:
+
+            def write(record: dict[str, Any]) -> None:
+                write_prediction({"probe": label} | record)
+
+        return _evaluate_and_print(asked, asked.task, eval_size, "test", write, f"{label}, ")
 
     found = evaluate_suites(model, request, run)
     if processes.is_main_process():
@@ -187,13 +201,24 @@ def _compare_data(model: Any, split: str, is_run_data: bool) -> None:
 
 
 def _evaluate_and_print(
-    model: Any, evaluator: Evaluator, eval_size: Shape, split: str, prefix: str = ""
+    model: Any,
+    evaluator: Evaluator,
+    eval_size: Shape,
+    split: str,
+    write_prediction: WriteRecord | None,
+    prefix: str = "",
 ) -> dict[str, Any]:
     """Returns the result at one size, and prints its metrics."""
     label = f"{prefix}{evaluator.size_name} {'x'.join(map(str, eval_size))}"
     line = ProgressLine(1, label=label)
     result = evaluate_at(
-        evaluator, model.compiled, model.params, eval_size, split, lambda done, total: line.update(done, total=total)
+        evaluator,
+        model.compiled,
+        model.params,
+        eval_size,
+        split,
+        lambda done, total: line.update(done, total=total),
+        write_prediction,
     )
     line.close()
     words = [f"{result[name]:,} {name}" for name in COUNTED if name in result]
@@ -280,10 +305,12 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
             "prompt_weight": 0.0,
             "question_weight": 0.0,
             "bit_depth": 0,
+            "max_pixels": 0,
             "prepared": "",
             "text_key": "text",
             "split_on": "",
             "mixture": {},
+            "unanswerable": "skip",
         }
         if registry.get(request.data).kind != registry.DATA_TEXT:
             own["packing"] = "concatenated"

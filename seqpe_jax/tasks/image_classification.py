@@ -16,6 +16,7 @@ import numpy as np
 from seqpe_jax.axes import size_label
 from seqpe_jax.config import Config, ModelConfig, check_size
 from seqpe_jax.data import images, loader, registry
+from seqpe_jax.data.datasets.image_base import ImageSource
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_write
@@ -25,6 +26,7 @@ from seqpe_jax.models.build import DataSpec, Shape
 from seqpe_jax.run_dir import CLASS_NAMES_FILE, RunDir
 from seqpe_jax.tasks.base import EvalContext, ExportSignature, Task
 from seqpe_jax.tasks.metrics import accuracy
+from seqpe_jax.tasks.predictions import WriteRecord, class_name, top_classes
 
 
 class ImageClassification(Task):
@@ -123,6 +125,7 @@ class ImageClassification(Task):
             cache_dir=data.cache_dir,
             progress=is_main_process(),
             bit_depth=data.bit_depth,
+            max_pixels=data.max_pixels,
             prepared=data.prepared,
             size=size or data.size,
         )
@@ -142,7 +145,18 @@ class ImageClassification(Task):
     def describe(self) -> str:
         """Returns a description of the training data for the log."""
         source, size = self.source("train"), "x".join(map(str, self.config.data.size))
-        return f"{len(source):,} training examples of {source.classes} classes, {size}, {self.config.batch_size} to a batch"
+        line = f"{len(source):,} training examples of {source.classes} classes, {size}, {self.config.batch_size} to a batch"
+        counts = self._images("train").images_by_class
+        if not counts:
+            return line
+        names = self._images("train").class_names
+        fewest, most = (counts.index(extreme(counts)) for extreme in (min, max))
+        if counts[fewest] == counts[most]:
+            return f"{line}\n  {counts[most]:,} images of each class"
+        return (
+            f"{line}\n  images of a class: {counts[fewest]:,} ('{names[fewest]}') to {counts[most]:,} ('{names[most]}'), which to "
+            f"guess for all is right for {100 * counts[most] / sum(counts):.1f}%"
+        )
 
     def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
         """Returns the training batches; this process reads the given rows of each."""
@@ -253,6 +267,10 @@ class ImageClassification(Task):
             size=eval_size,
             put=ctx.put_local_rows or ctx.put,
             progress=lambda done: ctx.progress(done, len(source)),
+            class_names=source.class_names,
+            record=functools.partial(_write_classes, ctx.write_prediction, eval_size, source)
+            if ctx.write_prediction
+            else None,
         )
 
     def sample_images(self, eval_size: Shape, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -269,6 +287,27 @@ class ImageClassification(Task):
             size=self.config.full_size(eval_size),
             crop_ratio=self.config.data.crop_ratio,
         )
+
+
+def _write_classes(
+    write: WriteRecord,
+    eval_size: Shape,
+    source: ImageSource,
+    index: int,
+    labels_K: np.ndarray,
+    probabilities_K: np.ndarray,
+    label: int,
+) -> None:
+    """Writes the likeliest classes of an image."""
+    write(
+        {
+            "size": list(eval_size),
+            "index": index,
+            "file": source.file_name(index),
+            "label": class_name(label, source.class_names),
+            "top": top_classes(labels_K, probabilities_K, source.class_names),
+        }
+    )
 
 
 def _train_example(record: dict[str, Any], rng: np.random.Generator, **settings: Any) -> dict[str, np.ndarray]:

@@ -32,7 +32,8 @@ from seqpe_jax.metric_registry import training_metrics
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks.base import EvalContext, Evaluator, ExportSignature, Task
-from seqpe_jax.tasks.metrics import SplitSize, perplexity, perplexity_by_source, perplexity_in_context
+from seqpe_jax.tasks.metrics import RecordLosses, SplitSize, perplexity, perplexity_by_source, perplexity_in_context
+from seqpe_jax.tasks.predictions import WriteRecord, rounded
 
 
 class LanguageModeling(Task):
@@ -349,11 +350,14 @@ class LanguageModeling(Task):
             for name, source in self.sources(split).items()
         }
         examples = sum(of_source.examples for of_source in batches.values())
-        arguments = self.perplexity_arguments(ctx, split) | {"progress": lambda done: ctx.progress(done, examples)}
+        window = {"length": length}
+        arguments = self.perplexity_arguments(ctx, split, window)
+        arguments["progress"] = lambda done: ctx.progress(done, examples)
         if not self.config.data.mixture:
             return perplexity(length=length, batches=batches[""], **arguments)
         arguments["split_sizes"] = {name: self._split_size(source) for name, source in self.sources(split).items()}
-        del arguments["split_size"]
+        arguments["records"] = {name: self._recorder(ctx, window | {"source": name}) for name in batches}
+        del arguments["split_size"], arguments["record"]
         return perplexity_by_source(length=length, batches=batches, **arguments)
 
     def _split_size(self, source: tokens.TokenSource) -> SplitSize:
@@ -365,13 +369,47 @@ class LanguageModeling(Task):
         """Returns the first window of a split, int32[length]."""
         return np.asarray(self.source(split).tokens[: eval_size[0]], np.int32)
 
-    def perplexity_arguments(self, ctx: EvalContext, split: str) -> dict[str, Any]:
-        """Returns the arguments of `perplexity` that are the same for windows of every length."""
+    def perplexity_arguments(self, ctx: EvalContext, split: str, window: dict[str, Any]) -> dict[str, Any]:
+        """Returns the arguments of `perplexity` that are the same for windows of every length.
+
+        Args:
+          ctx: the model.
+          split: name of the split.
+          window: {"length" or "context": tokens}, with which the records of predictions begin.
+        """
         return {
             "token_losses": lambda tokens_BL: ctx.eval_step({"tokens": tokens_BL})["loss"],
             "put": ctx.put,
+            "record": self._recorder(ctx, window),
             "split_size": self._split_size(self.source(split)),
         }
+
+    def _recorder(self, ctx: EvalContext, window: dict[str, Any]) -> RecordLosses | None:
+        """Returns a function that writes the predictions of a batch; None where nobody asks for them."""
+        return functools.partial(self._write_losses, ctx.write_prediction, window) if ctx.write_prediction else None
+
+    def _write_losses(
+        self, write: WriteRecord, window: dict[str, Any], batch: dict[str, np.ndarray], losses_BL: np.ndarray
+    ) -> None:
+        """Writes the losses of the scored tokens of each window of a batch."""
+        targets_BL, last = batch["tokens"][:, 1:], batch["tokens"].shape[1] - 2
+        for targets_L, losses_L, scored_L, end in zip(
+            targets_BL, losses_BL, batch["scored"], batch["end"].tolist(), strict=True
+        ):
+            if not scored_L.any():  # padding
+                continue
+            first = int(scored_L.argmax())
+            ids, losses = targets_L[first:], rounded(losses_L[first:])
+            is_scored = scored_L[first:].tolist()  # with packed documents, not the first token of each
+            write(
+                {
+                    **window,
+                    "start": end - last + first,
+                    "tokens": ids.tolist(),
+                    "losses": [loss if scored else None for loss, scored in zip(losses, is_scored, strict=True)],
+                    "text": self.tokenizer.decode(ids),
+                }
+            )
 
     def extra_evaluators(self) -> tuple[Evaluator, ...]:
         """Returns the evaluator of the same tokens under contexts of several lengths."""
@@ -435,7 +473,7 @@ class ContextEvaluator:
             stride=stride,
             batches=batches,
             progress=lambda done: ctx.progress(done, batches.examples),
-            **self.task.perplexity_arguments(ctx, split),
+            **self.task.perplexity_arguments(ctx, split, {"context": context}),
         )
 
 

@@ -27,10 +27,12 @@ import numpy as np
 from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write
+from seqpe_jax.tasks.predictions import class_name
 
 Batch = dict[str, np.ndarray]
 PutBatch = Callable[[Batch], dict[str, jax.Array]]  # lays a host batch out over the devices
 CountProgress = Callable[[int], None]
+RecordLosses = Callable[[Batch, np.ndarray], None]  # a batch, and the losses of its tokens in nats, float64[B, L]
 
 # --- Text
 
@@ -63,6 +65,7 @@ def perplexity(
     put: PutBatch,
     split_size: SplitSize,
     progress: CountProgress = lambda done: None,
+    record: RecordLosses | None = None,
 ) -> dict[str, Any]:
     """Computes the perplexity of a split in windows of one length.
 
@@ -74,11 +77,12 @@ def perplexity(
       put: lays a host batch out over the devices.
       split_size: size of the whole split.
       progress: called with the windows done.
+      record: called with each batch and the losses of its tokens.
 
     Returns:
       {"length", "tokens", "loss", "perplexity", ..., "loss_by_position"}, losses in nats per token.
     """
-    return _perplexity(length, *_sums_by_token_index(token_losses, batches, length, put, progress), split_size)
+    return _perplexity(length, *_sums_by_token_index(token_losses, batches, length, put, progress, record), split_size)
 
 
 def perplexity_by_source(
@@ -89,6 +93,7 @@ def perplexity_by_source(
     put: PutBatch,
     split_sizes: Mapping[str, SplitSize],
     progress: CountProgress = lambda done: None,
+    records: Mapping[str, RecordLosses | None] | None = None,
 ) -> dict[str, Any]:
     """Computes the perplexity of a split of several sources, over all their tokens and of each.
 
@@ -97,6 +102,7 @@ def perplexity_by_source(
       batches: see `perplexity`, by source.
       split_sizes: size of the split of each source.
       progress: called with the windows done.
+      records: `record` of `perplexity`, by source.
 
     Returns:
       As `perplexity`, and "sources": {name: {"tokens", "loss", "perplexity", ...}}.
@@ -108,7 +114,9 @@ def perplexity_by_source(
         def after(windows: int, before: int = before) -> None:
             progress(before + windows)
 
-        own_sums, own_counts = _sums_by_token_index(token_losses, of_source, length, put, after)
+        own_sums, own_counts = _sums_by_token_index(
+            token_losses, of_source, length, put, after, (records or {}).get(name)
+        )
         own = _perplexity(length, own_sums, own_counts, split_sizes[name])
         found[name] = {key: value for key, value in own.items() if key not in ("length", "loss_by_position")}
         sums, counts, done = sums + own_sums, counts + own_counts, before + of_source.examples
@@ -143,6 +151,7 @@ def perplexity_in_context(
     put: PutBatch,
     split_size: SplitSize,
     progress: CountProgress = lambda done: None,
+    record: RecordLosses | None = None,
 ) -> dict[str, Any]:
     """Computes the perplexity of the last tokens of windows, which have at least `context - stride` tokens before them.
 
@@ -154,12 +163,19 @@ def perplexity_in_context(
       put: lays a host batch out over the devices.
       split_size: size of the whole split.
       progress: called with the windows done.
+      record: see `perplexity`.
 
     Returns:
       {"context", "targets", "stride", "loss", "perplexity", ..., "target_losses": float64[targets], for `long_perplexity`}.
     """
     losses: list[np.ndarray] = []
-    sums_L, counts_L = _sums_by_token_index(token_losses, batches, context, put, progress, losses)
+
+    def keep(batch: Batch, losses_BL: np.ndarray) -> None:
+        losses.append(losses_BL[batch["scored"]])
+        if record is not None:
+            record(batch, losses_BL)
+
+    sums_L, counts_L = _sums_by_token_index(token_losses, batches, context, put, progress, keep)
     targets = int(counts_L.sum())
     return {
         "context": context,
@@ -218,24 +234,24 @@ def _sums_by_token_index(
     length: int,
     put: PutBatch,
     progress: CountProgress,
-    target_losses: list[np.ndarray] | None = None,
+    record: RecordLosses | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns sums of the scored losses, float64[L], and their counts, int64[L], by token index in the window.
 
     Args:
       token_losses, batches, length, put, progress: see `perplexity`.
-      target_losses: gets the scored losses of each batch, float64[n], in order; None = they are not kept.
+      record: called with each batch and the losses of its tokens; None = nobody asks for them.
     """
     sums_L, counts_L = np.zeros(length, np.float64), np.zeros(length, np.int64)
     windows = 0
-    dispatched = ((token_losses(put({"tokens": batch["tokens"]})["tokens"]), batch["scored"]) for batch in batches)
-    for losses_BL, scored_BL in _one_behind(dispatched):
-        losses_BL = np.asarray(losses_BL, np.float64)
-        if target_losses is not None:
-            target_losses.append(losses_BL[scored_BL])
+    dispatched = ((token_losses(put({"tokens": batch["tokens"]})["tokens"]), batch) for batch in batches)
+    for losses_BL, batch in _one_behind(dispatched):
+        losses_BL, scored_BL = np.asarray(losses_BL, np.float64), batch["scored"]
         sums_L += np.where(scored_BL, losses_BL, 0.0).sum(axis=0)
         counts_L += scored_BL.sum(axis=0)
         windows += int(scored_BL.any(axis=1).sum())
+        if record is not None:
+            record(batch, losses_BL)
         progress(windows)
     return sums_L, counts_L
 
@@ -252,6 +268,9 @@ def _one_behind(items: Iterable[Any]) -> Iterator[Any]:
 
 # --- Images
 
+MAX_CONFUSED = 20  # pairs of classes
+MAX_MATRIX_CLASSES = 50  # of a confusion matrix
+
 
 def accuracy(
     eval_step: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
@@ -260,27 +279,40 @@ def accuracy(
     size: tuple[int, ...],
     put: PutBatch,
     progress: CountProgress = lambda done: None,
+    class_names: Sequence[str] = (),
+    record: Callable[[int, np.ndarray, np.ndarray, int], None] | None = None,
 ) -> dict[str, Any]:
     """Computes the top-1 and top-5 accuracy of a classifier over a split.
 
     Args:
-      eval_step: a batch -> {"loss": float32[B] in nats, "rank": int32[B], number of classes ahead of the true one}.
+      eval_step: a batch -> {"loss": float32[B] in nats, "rank": int32[B], number of classes ahead of the true one, "labels",
+        "classes", "probabilities"} (`losses.task.ClassificationLoss.eval_step`).
       batches: {"images", "labels", "weights": float32[B]}; weight 0 marks padding rows.
       size: (height, width), or (frames, height, width) of videos.
       put: lays a host batch out over the devices.
       progress: called with the examples done.
+      class_names: label -> name.
+      record: called with the index of each example, its likeliest classes int32[K], their probabilities, and its label.
 
     Returns:
-      {"size", "examples", "loss", "top1", "top5"}: nats, and percent of the examples.
+      {"size", "examples", "loss", "top1", "top5"}: nats, and percent of the examples; and the parts of `class_results`.
     """
     loss, ranks = 0.0, []
+    labels: list[int] = []
+    predicted: list[int] = []
     dispatched = (
         (eval_step(put({name: batch[name] for name in ("images", "labels")})), batch["weights"]) for batch in batches
     )
     for result, weights_B in _one_behind(dispatched):
         real_B = weights_B > 0
         loss += float(np.asarray(result["loss"], np.float64)[real_B].sum())
+        found = {name: np.asarray(result[name])[real_B] for name in ("labels", "classes", "probabilities")}
+        if record is not None:
+            for row, label in enumerate(found["labels"].tolist()):
+                record(len(ranks) + row, found["classes"][row], found["probabilities"][row], label)
         ranks.extend(np.asarray(result["rank"])[real_B].tolist())
+        labels.extend(found["labels"].tolist())
+        predicted.extend(found["classes"][:, 0].tolist())
         progress(len(ranks))
     count = len(ranks)
     return {
@@ -289,7 +321,48 @@ def accuracy(
         "loss": loss / count,
         "top1": 100.0 * sum(rank < 1 for rank in ranks) / count,
         "top5": 100.0 * sum(rank < 5 for rank in ranks) / count,
+        **class_results(np.array(labels), np.array(predicted), class_names),
     }
+
+
+def class_results(labels_N: np.ndarray, predicted_N: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Returns the accuracy of each class, and which classes are taken for which.
+
+    Args:
+      labels_N: true label of each image.
+      predicted_N: likeliest class of each image.
+      class_names: label -> name; a model may have more classes than names.
+
+    Returns:
+      {"by_class": {name: {"examples", "top1": percent}}, "confused": the `MAX_CONFUSED` most frequent errors, each [true class,
+      predicted class, images]}; and of at most `MAX_MATRIX_CLASSES` classes "confusion": {"classes": names, "counts": rows of
+      the true class, columns of the predicted one}.
+    """
+    count = int(max(labels_N.max(), predicted_N.max(), len(class_names) - 1)) + 1
+    names = [class_name(label, class_names) for label in range(count)]
+    examples_C = np.bincount(labels_N, minlength=count)
+    right_C = np.bincount(labels_N[labels_N == predicted_N], minlength=count)
+    pairs, totals = np.unique(labels_N.astype(np.int64) * count + predicted_N, return_counts=True)
+    wrong = [
+        [names[pair // count], names[pair % count], total]
+        for pair, total in sorted(zip(pairs.tolist(), totals.tolist(), strict=True), key=lambda item: -item[1])
+        if pair // count != pair % count
+    ]
+    found: dict[str, Any] = {
+        "by_class": {
+            names[label]: {
+                "examples": int(examples_C[label]),
+                "top1": 100.0 * float(right_C[label] / examples_C[label]),
+            }
+            for label in np.flatnonzero(examples_C).tolist()
+        },
+        "confused": wrong[:MAX_CONFUSED],
+    }
+    if count <= MAX_MATRIX_CLASSES:
+        counts = np.zeros(count * count, np.int64)
+        counts[pairs] = totals
+        found["confusion"] = {"classes": names, "counts": counts.reshape(count, count).tolist()}
+    return found
 
 
 # --- Generated answers
@@ -313,10 +386,10 @@ def contains(hypothesis: str, golds: Iterable[str]) -> float:
 
     The score of the reference (text_seqpe/qa_eval.py), which ignores letter case and white space around an answer; this one
     also ignores Unicode's composed and decomposed forms, kinds and lengths of white space, and curly quotes. An empty
-    answer, which would always occur, does not count.
+    answer, of a question without one, is found in an empty hypothesis alone.
     """
     text = _canonical(hypothesis)
-    return float(any(gold and gold in text for gold in map(_canonical, golds)))
+    return float(any(gold in text if gold else not text for gold in map(_canonical, golds)))
 
 
 QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201c": '"', "\u201d": '"', "\u201e": '"'})
@@ -509,13 +582,35 @@ def no_context_baseline(
     return score_answers(records, hypotheses, metrics=metrics)
 
 
+def answer_lines(
+    records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str], metrics: Sequence[str] = METRICS
+) -> Iterator[dict[str, Any]]:
+    """Yields {"index", "question", "kind", "gold", "hypothesis", "depth"} and the scores in 0..1 of each answer.
+
+    Args:
+      records: the questions, see the module's docstring.
+      hypotheses: generated answers, one per record.
+      metrics: names of scores.
+    """
+    for record, hypothesis in zip(records, hypotheses, strict=True):
+        yield {
+            "index": record["index"],
+            "question": record["question"],
+            "kind": record["kind"],
+            "gold": list(record["outputs"]),
+            "hypothesis": hypothesis,
+            "depth": record["depth"],
+            **score_answer(hypothesis, record["outputs"], metrics),
+        }
+
+
 def write_answers(
     path: str | os.PathLike,
     records: Sequence[Mapping[str, Any]],
     hypotheses: Sequence[str],
     metrics: Sequence[str] = METRICS,
 ) -> AnyPath:
-    """Writes answers as JSON lines: index, question, kind, gold, hypothesis, depth and its scores in 0..1.
+    """Writes the lines of `answer_lines` as JSON.
 
     Args:
       path: file, written atomically.
@@ -530,19 +625,9 @@ def write_answers(
       InputError: it cannot be written.
     """
     path = as_path(path)
-    lines = []
-    for record, hypothesis in zip(records, hypotheses, strict=True):
-        line = {
-            "index": record["index"],
-            "question": record["question"],
-            "kind": record["kind"],
-            "gold": list(record["outputs"]),
-            "hypothesis": hypothesis,
-            "depth": record["depth"],
-        }
-        lines.append(json.dumps(line | score_answer(hypothesis, record["outputs"], metrics), ensure_ascii=False) + "\n")
+    lines = answer_lines(records, hypotheses, metrics)
     try:
-        atomic_write(path, "".join(lines))
+        atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     except OSError as error:
         raise InputError(f"cannot write answers to '{path}' ({error.strerror}): choose another file") from error
     return path

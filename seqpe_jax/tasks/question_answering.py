@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.config import check_positions
-from seqpe_jax.data import loader, qa
+from seqpe_jax.data import loader, qa, registry
 from seqpe_jax.data.datasets.retrieval import NAME as RETRIEVAL
 from seqpe_jax.data.retrieval import RetrievalQuestions
 from seqpe_jax.data.tokenizers import RoundTrip, RoundTripLoss, check_round_trip
@@ -20,7 +20,14 @@ from seqpe_jax.inference.decode import Sampling
 from seqpe_jax.metric_registry import training_metrics
 from seqpe_jax.tasks.base import EvalContext, Evaluator
 from seqpe_jax.tasks.language_modeling import LanguageModeling
-from seqpe_jax.tasks.metrics import answer_distances, answer_metrics, bounded_exp, no_context_baseline, score_answers
+from seqpe_jax.tasks.metrics import (
+    answer_distances,
+    answer_lines,
+    answer_metrics,
+    bounded_exp,
+    no_context_baseline,
+    score_answers,
+)
 
 ROUND_TRIP_SAMPLE = 32  # questions of a split whose text is encoded and decoded, to see whether text is lost
 ANY_LENGTH = 1 << 40  # every question fits
@@ -95,6 +102,7 @@ class QuestionAnswering(LanguageModeling):
             cache_dir=data.cache_dir,
             seed=self.config.seed,
             progress=is_main_process(),
+            options=registry.get(data.name).options_of(data),
             max_bare_length=max_bare_length,
         )
 
@@ -175,10 +183,14 @@ class QuestionAnswering(LanguageModeling):
         records = [source[index] for index in range(count)]
         hypotheses = self._generate_answers(ctx, records, length)
         loss = self._answer_loss(ctx, source, count, length)
+        metrics = answer_metrics(self.config.data.name)
+        if ctx.write_prediction is not None:
+            for line, record in zip(answer_lines(records, hypotheses, metrics), records, strict=True):
+                ctx.write_prediction({"length": length, **line, "prompt": record["input"]})
         scores = score_answers(
             records,
             hypotheses,
-            metrics=answer_metrics(self.config.data.name),
+            metrics=metrics,
             distances=answer_distances(records, lambda text: len(self.tokenizer.encode(text.encode()))),
         )
         return {
@@ -219,7 +231,7 @@ class QuestionAnswering(LanguageModeling):
         """Returns the number of questions none of whose accepted answers fits into eval.new_tokens."""
 
         def num_tokens(answer: str) -> int:
-            return len(self.tokenizer.encode(f" {answer}".encode()))
+            return len(self.tokenizer.encode(qa.answer_text(answer)))
 
         return sum(min(map(num_tokens, answers)) > self.config.eval.new_tokens for answers in accepted)
 

@@ -136,7 +136,9 @@ def test_every_reader_of_text_says_what_a_file_is(tmp_path):
     with pytest.raises(InputError, match="--prompts-file=.*questions is compressed with gzip"):
         read_prompts(str(tmp_path / "questions"))
     (tmp_path / "lines").write_text('{"input": "a", "outputs": ["b"]}\n{"input": "c", "outputs": ["d"]}\n')
-    with pytest.raises(InputError, match="holds JSON lines, but data.name='squad_long' .* data.name=qa_jsonl"):
+    with pytest.raises(
+        InputError, match="row 1 of .*lines' has no 'context' .*fields are input, outputs.* data.name=qa_jsonl"
+    ):
         qa_source("squad_long", paths=str(tmp_path / "lines"), length=64, **options)
 
 

@@ -234,10 +234,6 @@ def test_photos_stand_upright_as_the_camera_marked_them(tmp_path):
 @pytest.mark.parametrize(
     "names, words",
     [
-        (
-            ["pets/train/cat", "pets/train/dog", "pets/val/cat"],
-            r"'\S+/pets' holds splits \(train, val\) and is no class",
-        ),
         (["cat/train", "cat/valid", "dog/train"], r"'\S+/cat' holds splits .*put splits above classes"),
         (
             ["old/train/cat", "old/test/cat", "new/cat"],
@@ -260,6 +256,59 @@ def test_folders_one_level_off_are_refused(tmp_path, names, words):
         write(tmp_path / "photos" / name / "0.png")
     with pytest.raises(InputError, match=words):
         folder(tmp_path / "photos", "train")
+
+
+def test_splits_below_a_folder_that_holds_them_alone_are_found(split_folders, tmp_path, capsys):
+    fingerprints = [folder(split_folders, split).fingerprint for split in SPLITS]
+    split_folders.rename(tmp_path / "inner")
+    (tmp_path / "pets" / "v2").mkdir(parents=True)
+    (tmp_path / "inner").rename(tmp_path / "pets" / "v2" / "data")
+    found = [
+        image_source("image_folder", split=split, paths=str(tmp_path / "pets"), cache_dir=tmp_path) for split in SPLITS
+    ]
+    assert [source.fingerprint for source in found] == fingerprints
+    assert f"the splits are in '{tmp_path / 'pets/v2/data'}', which is read" in capsys.readouterr().err
+
+
+def labels_of(root, table, text, split="train"):
+    """Writes a table of labels; returns (file, class) of a split."""
+    (root / table).write_text(text)
+    found = folder(root / table, split, cache=root.parent / "c")
+    return [
+        (os.path.relpath(found.records[i]["image"], root), found.class_names[found[i]["label"]])
+        for i in range(len(found))
+    ]
+
+
+def test_a_table_names_the_classes(tmp_path):
+    root, rows = tmp_path / "photos", [(f"{number:02d}", "cat" if number % 3 else "dog") for number in range(40)]
+    for number, _ in rows:
+        write(root / "images" / f"{number}.png", size=(1, 1))
+    ids = "id,breed\n" + "".join(f"{number},{kind}\n" for number, kind in rows)  # names without folder and suffix
+    found = {split: labels_of(root, "labels.csv", ids, split) for split in SPLITS}
+    assert sorted(sum(found.values(), [])) == [(f"images/{number}.png", kind) for number, kind in rows]
+    assert len(found["train"]) > 25 and found["validation"] and found["test"]
+    before = folder(root / "labels.csv", "train")
+    assert sum(before.images_by_class) == len(before) and before.images_by_class[0] > before.images_by_class[1]
+    swapped = labels_of(root, "labels.csv", ids.replace("cat", "x").replace("dog", "cat").replace("x", "dog"))
+    assert len(swapped) and folder(root / "labels.csv", "train").fingerprint != before.fingerprint
+    split = "\ufeffFile;Label;Split\n" + "".join(
+        f"images/{number}.png;{kind};{('train', 'valid')[number > '30']}\n" for number, kind in rows
+    )
+    assert [len(labels_of(root, "split.csv", split, name)) for name in ("train", "validation")] == [31, 9]
+    for text, words in (
+        ("photo,label\n00.png,cat\n", "no column of the files; its header names photo, label: rename one to 'file'"),
+        ("file,kind\n00.png,cat\n", "no column of the classes"),
+        ("file,label\n99.png,cat\n", "line 2 of .* names the image '99.png', and .* has none"),
+        ("file,label\n00.png,cat\n00,dog\n", "line 3 of .* names 'images/00.png' again, with another class"),
+        ("file,label\n00.png,cat,dog\n", "line 2 of .* has 3 cells, and the header 2"),
+        ("file,label\n00.png,\n", "line 2 of .* names no class"),
+        ("file,label,split\n00.png,cat,half\n", "has the split 'half': expected train, validation, test"),
+        ("file,label\n00.png,cat\n", "names one class, 'cat'"),
+        ("file,label\n", "has no rows"),
+    ):
+        with pytest.raises(InputError, match=words):
+            labels_of(root, "bad.csv", text)
 
 
 def test_splits_with_alternative_names(split_folders):
@@ -364,6 +413,14 @@ def test_a_complete_image_that_is_too_large_is_called_that(tmp_path):
         folder(tmp_path / "photos", "train")
     assert "scan.png' is too large: it has more than 178,956,970 pixels" in str(caught.value)
     assert "replace it" not in str(caught.value) and "attack" not in str(caught.value)
+    assert folder(tmp_path / "photos", "train", max_pixels=14_000 * 14_000).images_by_class == (1, 1)
+    with pytest.raises(
+        InputError, match="more than 196,000,000 pixels, the limit.* raise the limit with data.max_pixels"
+    ):
+        image_base.limit_pixels(14_000 * 14_000)
+        Image.new("1", (14_000, 14_001)).save(tmp_path / "photos" / "train" / "a" / "scan.png")
+        folder(tmp_path / "photos", "train", max_pixels=14_000 * 14_000)
+    image_base.limit_pixels(0)
 
 
 def test_labels_in_the_names_of_others(split_folders):

@@ -152,10 +152,14 @@ def test_bad_line_is_named(tmp_path):
     for bad, message in (
         ("{", "is not JSON"),
         ("[1]", "is no object"),
-        (lines({"input": "q", "outputs": ["a"]}), "field 'index' must be an integer, got None"),
+        (
+            lines({"context": "c", "question": "q", "answer": "a"}),
+            "is a question with its context: use data.name=squad_long",
+        ),
         (lines({"index": True, "input": "q", "outputs": ["a"]}), "field 'index' must be an integer, got True"),
         (lines({"index": 0, "outputs": ["a"]}), "field 'input' must be a text, got None"),
-        (lines({"index": 0, "input": "q", "outputs": "a"}), "field 'outputs' must be a list, got 'a'"),
+        (lines({"index": 0, "input": "q", "outputs": 5}), "field 'outputs' must be a list, got 5"),
+        (lines({"input": "q", "outputs": ["a"], "answer_prefix": 5}), "field 'answer_prefix' must be a text, got 5"),
         (lines(line(0, " \n", "a")), "field 'input' is empty"),
         (lines(line(0, "q")), r"field 'outputs' must be a list of texts that are not empty, got \[\]"),
         (lines(line(0, "q", "a", " ")), "must be a list of texts that are not empty"),

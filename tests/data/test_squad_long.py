@@ -1,16 +1,21 @@
 """SQuAD's questions at any length: splits, prompts of the asked length, what is skipped, and bad files."""
 
 import copy
+import gzip
 import hashlib
 import json
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from seqpe_jax.data import qa
+from seqpe_jax.data.datasets import qa_jsonl, qa_rows, squad_long
 from seqpe_jax.data.datasets.squad_long import SquadLong
 from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.errors import InputError
+from seqpe_jax.tasks import metrics
+from tests.tiny import ROOT
 
 BYTES = ByteTokenizer()
 
@@ -225,7 +230,6 @@ def test_missing_field_is_named(tmp_path):
     paragraph = ["data", 0, "paragraphs", 2]
     for keys, message in (
         (["data"], "the file has no 'data' that is a list"),
-        (["data", 1, "title"], r"data\[1\] has no 'title' that is a text"),
         (["data", 1, "paragraphs"], r"data\[1\] has no 'paragraphs' that is a list"),
         ([*paragraph, "context"], r"data\[0\].paragraphs\[2\] has no 'context' that is a text"),
         ([*paragraph, "qas"], r"paragraphs\[2\] has no 'qas' that is a list"),
@@ -238,13 +242,113 @@ def test_missing_field_is_named(tmp_path):
             source(tmp_path, path)
 
 
+def table_of_formats():
+    """The rows of the table of formats on the page: (data.name, example)."""
+    page = (ROOT / "docs/data.md").read_text().partition("## Questions")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:1] == "|"]
+    return [(name.strip("`"), example.strip("`")) for _, name, example in rows[2:]]
+
+
+def as_files(folder, example):
+    """Writes 12 questions like an example in every format that holds it; yields the files."""
+    records = [json.loads(example.replace("mill", f"mill {number}")) for number in range(12)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    if "data" in records[0]:
+        yield written(folder / "squad.json", {"data": [article for record in records for article in record["data"]]})
+        return
+    yield written(folder / "rows.jsonl", lines)
+    if "context" in records[0]:
+        yield written(folder / "list.json", records)
+        (folder / "rows").write_bytes(gzip.compress(lines.encode()))
+        yield folder / "rows"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / "rows.parquet")
+        yield folder / "rows.parquet"
+
+
+@pytest.mark.parametrize("name, example", table_of_formats())
+def test_every_format_of_the_page_is_read(tmp_path, name, example):
+    for file in as_files(tmp_path, example):
+        if name == "qa_jsonl":
+            found = [qa_jsonl.parse(line, "here", number) for number, _, line in qa_jsonl.lines(file)]
+            assert [answers for *_, answers in found] == [(f"The mill {number}",) for number in range(12)]
+            assert all(prompt.startswith(f"The mill {at} is red.") for at, (_, prompt, _) in enumerate(found))
+            assert all(prompt.endswith("Answer:") == ("answer_prefix" in example) for _, prompt, _ in found)
+            continue
+        splits = SquadLong(paths=(file,), data_dir=tmp_path / "none").questions()
+        found = {one.passage: (one.question, one.answers) for split in splits.values() for one in split}
+        assert found == {
+            f"The mill {number} is red.": ("What is red?", (f"The mill {number}",)) for number in range(12)
+        }, file
+        assert [len({one.name for one in split}) for split in SquadLong(paths=(file,)).questions().values()] == [
+            10,
+            1,
+            1,
+        ]
+
+
+def test_rows_without_titles_are_grouped_by_their_context(tmp_path):
+    rows = [
+        {"context": f"A text {number // 2}.", "question": f"What {number}?", "answers": None} for number in range(8)
+    ]
+    rows[3]["answers"] = [{"text": "text"}, {"text": "A"}]
+    articles = qa_rows.group_rows(enumerate(rows), "'x'")
+    assert [[context for context, _ in paragraphs] for _, paragraphs in articles] == [
+        [f"A text {n}."] for n in range(4)
+    ]
+    assert articles[1][1][0][1] == [("What 2?", []), ("What 3?", ["text", "A"])]
+    for row, words in (
+        (
+            {"context": "a", "question": 3},
+            r"row 1 of 'x' has no 'question' that is a text \(its fields are context, ques",
+        ),
+        ({"context": "a", "question": "b", "answers": [3]}, r"answers of another form, \[3\]: expected"),
+        ([], "row 1 of 'x' is no object"),
+    ):
+        with pytest.raises(InputError, match=words):
+            qa_rows.group_rows(enumerate([row]), "'x'")
+
+
+def test_names_in_a_folder_say_the_splits(tmp_path):
+    for names, expected in (
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], ["whole", "whole"]),
+        (["data/train.jsonl", "data/valid.jsonl", "data/test.jsonl", "notes.json"], ["train", "validation", "test"]),
+        (["train.jsonl", "test.jsonl.gz"], ["train", "dev"]),
+        (["questions.jsonl"], ["whole"]),
+    ):
+        folder = tmp_path / names[0].replace("/", "-")
+        for name in [*names, "README.md"]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        assert [part for part, _ in squad_long._files((str(folder),))] == expected
+
+
+def test_questions_without_an_answer_are_left_out_or_asked_with_an_empty_one(tmp_path):
+    rows = [{"context": f"Town {n} is old.", "question": "Is it?", "answers": {"text": []}} for n in range(12)]
+    rows += [{"context": f"Hill {n} is high.", "question": "What is?", "answers": [f"Hill {n}"]} for n in range(12)]
+    path = written(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    left_out = source(tmp_path, path)
+    assert any(
+        "questions have no answer and are left out (data.unanswerable=empty" in line for line in left_out.describe()
+    )
+    found = source(tmp_path, path, options=(("unanswerable", "empty"),))
+    assert len(found) == len(left_out) + left_out.skipped["without_answer"] > len(left_out)
+    record = next(found[index] for index in range(len(found)) if found[index]["outputs"] == ("",))
+    assert len(parts(record)[0]) > 3, "an empty answer is in no other passage"
+    example = qa.training_example(record, tokenizer=BYTES, length=512)
+    (at,) = np.flatnonzero(example["weights"])
+    assert at == len(record["input"].encode()) - 1 and example["tokens"][at + 1] == qa.BYTE_ANSWER_END
+    assert any("have no answer: the end token alone is right" in line for line in found.describe())
+    for hypothesis, score in (("", 1.0), ("Town", 0.0)):
+        assert set(metrics.score_answer(hypothesis, record["outputs"]).values()) == {score}
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(InputError, match="needs one path in data.paths, got 0: .*rajpurkar.github.io"):
         SquadLong.sources(())
     with pytest.raises(InputError, match="does not exist; give one file in SQuAD's JSON format"):
         source(tmp_path, tmp_path / "none.json")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"holds neither train-\*.json nor dev-\*.json"):
+    with pytest.raises(InputError, match=r"empty' holds no file of data whose name says 'train'"):
         source(tmp_path, tmp_path / "empty")
     with pytest.raises(InputError, match=r"bad.json', line 3 is not JSON \(.*column 1\)"):
         source(tmp_path, written(tmp_path / "bad.json", '{"data":\n[\n}'))
@@ -252,7 +356,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(InputError, match="latin.json' is not UTF-8"):
         source(tmp_path, tmp_path / "latin.json")
     with pytest.raises(InputError, match="the file is no object"):
-        source(tmp_path, written(tmp_path / "list.json", "[]"))
+        source(tmp_path, written(tmp_path / "text.json", '"a"'))
     with pytest.raises(InputError, match="is empty: no questions in"):
         source(tmp_path, written(tmp_path / "nothing.json", {"data": []}))
     assert not list((tmp_path / "cache").rglob("table.npz")) and not list((tmp_path / "cache").rglob(".unfinished-*"))

@@ -118,7 +118,14 @@ def test_an_evaluation_decodes_the_rows_of_this_process_alone(tmp_path, monkeypa
 
     def eval_step(batch):
         received.append(batch)
-        return {"loss": np.zeros(16), "rank": np.arange(16) % 2}
+        first = np.zeros((16, 1), int)
+        return {
+            "loss": np.zeros(16),
+            "rank": np.arange(16) % 2,
+            "labels": first[:, 0],
+            "classes": first,
+            "probabilities": first,
+        }
 
     def put_local_rows(batch):
         assert batch["images"].dtype == np.uint8 and batch["images"].shape == (8, 8, 8, 1)

@@ -26,6 +26,7 @@ from seqpe_jax.tasks import metrics
         ("Norman", ["Normans"], 0.0),
         ("", ["x"], 0.0),
         ("anything", [""], 0.0),
+        ("", [""], 1.0),  # of a question without an answer
         ("anything", [], 0.0),
         ("Été à ZÜRICH", ["zürich"], 1.0),
     ],
@@ -298,17 +299,40 @@ def test_key_tokens_are_those_that_gain_from_context():
 def test_padding_rows_do_not_count():
     ranks = [np.array([0, 4, 7]), np.array([0, 5, 0])]
     losses = [np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 100.0])]
-    answers = iter([{"rank": rank, "loss": loss} for rank, loss in zip(ranks, losses, strict=True)])
+    true, guessed = [np.array([0, 1, 1]), np.array([3, 0, 2])], [np.array([0, 0, 0]), np.array([3, 1, 2])]
+    answers = iter(
+        [
+            {"rank": rank, "loss": loss, "labels": label, "classes": guess[:, None], "probabilities": loss[:, None] / 8}
+            for rank, loss, label, guess in zip(ranks, losses, true, guessed, strict=True)
+        ]
+    )
     batches = [
         {"images": np.zeros((3, 2, 2, 1)), "labels": np.zeros(3, int), "weights": np.array(weights, np.float32)}
         for weights in ([1, 1, 1], [1, 1, 0])
     ]
-    done = []
+    done, records = [], []
     result = metrics.accuracy(
-        lambda batch: next(answers), batches, size=(2, 4), put=lambda batch: batch, progress=done.append
+        lambda batch: next(answers),
+        batches,
+        size=(2, 4),
+        put=lambda batch: batch,
+        progress=done.append,
+        class_names=("a", "b", "c"),
+        record=lambda *record: records.append(record),
     )
+    by_class, confused, confusion = (result.pop(name) for name in ("by_class", "confused", "confusion"))
     assert result == {"size": [2, 4], "examples": 5, "loss": 3.0, "top1": 40.0, "top5": 60.0}
     assert done == [3, 5]
+    assert [(index, int(classes[0]), label) for index, classes, _, label in records] == [
+        (0, 0, 0),
+        (1, 0, 1),
+        (2, 0, 1),
+        (3, 3, 3),
+        (4, 1, 0),
+    ]
+    assert by_class["a"] == {"examples": 2, "top1": 50.0} and by_class["b"] == {"examples": 2, "top1": 0.0}
+    assert set(by_class) == {"a", "b", "class 3"} and confused == [["b", "a", 2], ["a", "b", 1]]
+    assert confusion["counts"] == [[1, 1, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
 
 
 def test_ties_go_to_the_lower_class_and_nan_is_never_right():
@@ -329,5 +353,6 @@ def test_eval_step_counts_the_classes_above_the_true_one():
     found = ClassificationLoss(0.0, None).eval_step(
         Table(), {}, PositionSignal(), {"images": logits, "labels": jnp.array([2, 2, 2])}
     )
-    assert found["rank"].tolist() == [0, 2, 1]
+    assert found["rank"].tolist() == [0, 2, 1] and found["classes"].tolist() == [[2, 1, 0], [0, 1, 2], [1, 2, 0]]
+    np.testing.assert_allclose(found["probabilities"].sum(axis=1), 1.0, rtol=1e-6)
     assert float(found["loss"][0]) == pytest.approx(-0.3 + float(jnp.log(jnp.exp(logits[0]).sum())), rel=1e-5)

@@ -79,10 +79,17 @@ def test_scores_by_length_with_every_answer_stored(trained):
     assert "contains" in (trained / "report" / "results.csv").read_text().splitlines()[0]
 
 
-def test_at_most_so_many_questions_and_tokens_of_an_answer(commands, trained, capsys):
-    few = commands("evaluate", f"--checkpoint={trained}", "--lengths=24", "--examples=5", "--new-tokens=1")
+def test_at_most_so_many_questions_and_tokens_of_an_answer(commands, trained, tmp_path, capsys):
+    predictions = tmp_path / "predictions.jsonl"
+    words = ["evaluate", f"--checkpoint={trained}", "--lengths=24", "--examples=5", "--new-tokens=1"]
+    few = commands(*words, f"--predictions={predictions}")
     words = "length 24: 5 of 5 answers take more than 1 tokens and were cut off: --new-tokens gives them more"
     assert few.code == 0 and words in few.out, few.err
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert [(line["length"], line["gold"][0]) for line in lines] == [(24, letter) for letter in "abcab"]
+    assert all(
+        line["prompt"].endswith("What?") and line["contains"] == 0 and len(line["hypothesis"]) <= 1 for line in lines
+    )
     evaluate(open_model(trained), EvalRequest(lengths=((24,),), new_tokens=2))  # they hold a space and a letter
     assert "cut off" not in capsys.readouterr().out
     with pytest.raises(InputError, match="eval.new_tokens"):

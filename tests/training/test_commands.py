@@ -12,6 +12,7 @@ from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.loading import open_model
 from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
+from seqpe_jax.tasks.predictions import check_predictions_path, predictions_file
 from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.training.trainer import best_metric
 from tests.commands import CONFIG, train_arguments
@@ -218,12 +219,50 @@ def test_the_same_command_again_has_nothing_to_do(text, trained, capsys):
     assert (trained / "metrics.jsonl").read_text() == before
 
 
+def check_token_losses(predictions, report):
+    """Every scored token is in a line, once, with a loss; the means are those of the report."""
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    for entry in report["results"]:
+        name = "length" if "length" in entry else "context"
+        own = [line for line in lines if line.get(name) == entry[name]]
+        losses = [loss for line in own for loss in line["losses"]]
+        assert len(losses) == entry.get("tokens", entry.get("targets"))
+        assert sum(losses) / len(losses) == pytest.approx(entry["loss"], rel=1e-5)
+        if name == "length":
+            starts = [1, *(line["start"] + len(line["tokens"]) for line in own)]
+            assert [line["start"] for line in own] == starts[:-1]
+        assert all(bytes(line["tokens"]).decode() == line["text"] for line in own)
+    by_place = {}
+    for line in lines:
+        by_place |= {line["start"] + at: token for at, token in enumerate(line["tokens"])}
+        assert all(by_place[line["start"] + at] == token for at, token in enumerate(line["tokens"]))
+
+
+def test_predictions_never_replace_another_runs_or_other_files(tmp_path):
+    path, own, other = tmp_path / "predictions.jsonl", str(tmp_path / "a"), str(tmp_path / "b")
+    for step in (1, 2):
+        check_predictions_path(path, own)
+        with predictions_file(path, own, step) as write:
+            write({"index": 0})
+    assert json.loads(path.read_text()) == {"checkpoint": own, "step": 2, "index": 0}
+    with pytest.raises(InputError, match=f"holds the predictions of {own}: choose another name"):
+        check_predictions_path(path, other)
+    with pytest.raises(RuntimeError), predictions_file(path, own, 3) as write:
+        write({"index": 1})
+        raise RuntimeError
+    assert json.loads(path.read_text())["step"] == 2, "an evaluation that fails leaves the old file"
+    path.write_text("my corpus\n")
+    with pytest.raises(InputError, match="exists and holds no predictions"):
+        check_predictions_path(path, own)
+
+
 def test_evaluate_writes_its_results(commands, trained, tmp_path):
-    output = tmp_path / "deep" / "evaluation.json"
+    output, predictions = tmp_path / "deep" / "evaluation.json", tmp_path / "predictions.jsonl"
     options = ["--lengths=16,48", "--contexts=48,16", "--targets=30", f"--output={output}"]
-    result = commands("evaluate", f"--checkpoint={trained}", *options)
+    result = commands("evaluate", f"--checkpoint={trained}", *options, f"--predictions={predictions}")
     assert result.code == 0, result.err
     report = json.loads(output.read_text())
+    check_token_losses(predictions, report)
     assert (report["step"], report["encoding"], report["task"]) == (2, "seqpe", "language_modelling")
     assert [[entry.get("length"), entry.get("context")] for entry in report["results"]] == [
         [16, None],

@@ -59,13 +59,23 @@ def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_p
     names = metric_names(trained)
     assert {"eval/top1@8", "eval/top5@12", "eval/loss@12", "train/images_per_second"} <= names
     output = trained / "evaluation.json"
-    result = commands("evaluate", f"--checkpoint={trained}", "--sizes=8,16,8x12", f"--output={output}")
+    predictions = tmp_path / "predictions.jsonl"
+    words = ["evaluate", f"--checkpoint={trained}", "--sizes=8,16,8x12", f"--output={output}"]
+    result = commands(*words, f"--predictions={predictions}")
     assert result.code == 0, result.err
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     report = json.loads(output.read_text())
     assert (report["step"], report["encoding"], report["task"]) == (2, "seqpe", "image_classification")
     assert [entry["size"] for entry in report["results"]] == [[8, 8], [16, 16], [8, 12]]
     for entry in report["results"]:
         assert entry["examples"] > 200 and 0 <= entry["top1"] <= entry["top5"] <= 100
+        own = [line for line in lines if line["size"] == entry["size"]]
+        assert [line["index"] for line in own] == list(range(entry["examples"])) and own[0]["checkpoint"] == str(
+            trained
+        )
+        assert all(len(line["top"]) == 5 and line["top"][0][1] >= line["top"][4][1] > 0 for line in own)
+        right = sum(line["top"][0][0] == line["label"] for line in own)
+        assert right == round(entry["top1"] * entry["examples"] / 100) == np.trace(entry["confusion"]["counts"])
     attention = np.load(trained / "attention.npz")
     assert attention["images"].shape == (4, 16, 16, 1) and attention["attention"].shape == (4, 2, 8, 8)
     assert 0.5 < attention["attention"].sum(axis=(2, 3)).mean() < 1  # the rest is on the class token itself
@@ -79,6 +89,7 @@ def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_p
         "position_curves_digits",
         "attention_digits",
         "attention_spread",
+        "confusion_digits",
         "extrapolation_sizes",
     ):
         assert f"({name}.png)" in page and (tmp_path / "report" / f"{name}.png").stat().st_size > 5000

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,11 @@ from seqpe_jax.files import atomic_write, cache_root, parse_json
 
 SPLITS = ("train", "validation", "test")
 Options = tuple[tuple[str, Any], ...]  # (field of `data`, value), of values that are not the default
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 FILE_SIZES_FILE = "sizes_of_files.json"  # of a prepared data set: bytes of each of its files
 
 
@@ -262,6 +268,12 @@ def file_signature(file: pathlib.Path, name: str) -> str:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
     check_regular_file(status.st_mode, str(file))
     return f"{name} {file} {status.st_size} {status.st_mtime_ns}"
+
+
+def split_of_name(name: str) -> str | None:
+    """Returns the split that a file's name or folder says; None where it says none, or several."""
+    found = {_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS}
+    return found.pop() if len(found) == 1 else None
 
 
 def hash_fraction(name: str) -> float:

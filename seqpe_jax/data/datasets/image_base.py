@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from seqpe_jax.errors import InputError
 
 MAX_READ_PIXELS = 1 << 24  # of one image; photos of cameras have as many
 MAX_CLASSES_SHOWN = 10  # class names in a message
+PILLOW_LIMIT = Image.MAX_IMAGE_PIXELS  # it warns above this number of pixels, and refuses above twice as many
 
 LabelledArrays = Iterable[tuple[np.ndarray, int]]
 
@@ -42,6 +44,7 @@ class ImageSource:
       decode: converts the image of a record to a uint8 array; None = it is one.
       labels: label of a record -> index in `class_names`; None = equal.
       content: converts the image of a record to the content of an image file; None = it is no file.
+      images_by_class: number of images of each class, in the data's own order of classes; () = unknown.
     """
 
     name: str
@@ -54,6 +57,7 @@ class ImageSource:
     decode: Callable[[Any], np.ndarray] | None = dataclasses.field(default=None, repr=False)
     labels: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
     content: Callable[[Any], bytes] | None = dataclasses.field(default=None, repr=False)
+    images_by_class: tuple[int, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def classes(self) -> int:
@@ -79,6 +83,12 @@ class ImageSource:
             )
         labels = tuple(indices[name] for name in self.class_names)
         return dataclasses.replace(self, class_names=tuple(class_names), labels=labels)
+
+    def file_name(self, index: int) -> str | None:
+        """Returns the name of the file of an image; None of images that are not read from files."""
+        record = self.records[index]
+        name = record["image"] if isinstance(record["image"], str) else record.get("file_name")
+        return name.decode() if isinstance(name, bytes) else name
 
     def __len__(self) -> int:
         return len(self.records)
@@ -173,6 +183,17 @@ def fingerprint_of(*identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, default=list).encode()).hexdigest()[:32]
 
 
+def limit_pixels(max_pixels: int) -> None:
+    """Sets the pixels above which this process refuses an image: such a file may be made to fill the memory.
+
+    Args:
+      max_pixels: `data.max_pixels`; 0 = Pillow's limit.
+    """
+    Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2) if max_pixels else PILLOW_LIMIT
+    if max_pixels:  # who raises the limit need not be warned below it
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
 @contextlib.contextmanager
 def image_errors(name: str, fix: str) -> Iterator[None]:
     """Converts errors of Pillow to an InputError of one line.
@@ -189,7 +210,7 @@ def image_errors(name: str, fix: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:  # the file may be undamaged, so the fix is another
         raise InputError(
             f"image {name} is too large: it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, the limit; make it "
-            "smaller, cut it into several, or leave it out"
+            "smaller, cut it into several, leave it out, or raise the limit with data.max_pixels"
         ) from error
     except Exception as error:  # Pillow's decoders raise errors of any class
         reason = str(error) if str(error) and "BytesIO" not in str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""A user's own images in class folders, read in place: layout, splits, checks."""
+"""A user's own images in class folders or with a table of labels, read in place: layout, splits, checks."""
 
 import concurrent.futures
 import functools
@@ -19,9 +19,11 @@ from seqpe_jax.data.datasets.image_base import (
     MAX_CLASSES_SHOWN,
     ImageSource,
     fingerprint_of,
+    limit_pixels,
     read_rgb,
     verify_image,
 )
+from seqpe_jax.data.datasets.image_labels import is_label_file, read_labels
 from seqpe_jax.data.paths import (
     HIDDEN_FOLDER,
     SYSTEM_FOLDER,
@@ -64,7 +66,7 @@ HELD_OUT_NAMES = {*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"]}
 
 
 class ImageFolder:
-    """Image files as RGB: ROOT/{train,validation,test}/CLASS/*, or ROOT/CLASS/* split by the hash of CLASS/FILE.
+    """Image files as RGB: ROOT/{train,validation,test}/CLASS/*, or ROOT/CLASS/* split by the hash of CLASS/FILE, or a CSV file.
 
     Every class of ROOT/CLASS has an image for training. A class is all files below its folder, in every format that
     Pillow reads; links are followed, and each real file of a split is read once (`resolve_paths`). Labels are the
@@ -84,21 +86,29 @@ class ImageFolder:
         cache: pathlib.Path,
         progress: bool,
         bit_depth: int = 0,
+        max_pixels: int = 0,
     ) -> ImageSource:
         """Opens a split; arguments and errors as `ImageBuilder.open_split`.
 
         Args:
           bit_depth: bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are refused.
+          max_pixels: largest image, in pixels; 0 = Pillow's limit.
         """
         del datasets
         registry.get(cls.name).check_paths(paths)
         root = pathlib.Path(absolute_path(os.path.expanduser(paths[0])))
-        folder, class_names, outside = _find_layout(root, split)
-        files = _ImageFiles(folder, class_names, split if folder == root else None, progress)
-        if progress:
-            for where, skipped in ((root, outside), (folder, files.skipped)):
-                if str(skipped):
-                    warn(f"data.paths: skipped in '{where}': {skipped}")
+        limit_pixels(max_pixels)
+        if is_label_file(root):
+            files: _Files = _labelled_files(root, split)
+            folder, class_names = root.parent, files.class_names
+        else:
+            root = _with_splits(root, progress)
+            folder, class_names, outside = _find_layout(root, split)
+            files = _ImageFiles(folder, class_names, split if folder == root else None, progress)
+            if progress:
+                for where, skipped in ((root, outside), (folder, files.skipped)):
+                    if str(skipped):
+                        warn(f"data.paths: skipped in '{where}': {skipped}")
         if not len(files):
             raise InputError(
                 f"data.paths: split '{split}' of '{root}' is empty: give more images, or make the folders train, "
@@ -107,30 +117,34 @@ class ImageFolder:
         title = f"{cls.name}/{split}"
         verified = cache / "verified" / f"{cls.name}-{fingerprint_of(str(folder), files.status)}"
         _check_bit_depth(_verify(files, verified, title, progress), bit_depth, title)
-        narrow = [bit_depth] if bit_depth not in (0, 16) else []  # gives the same files other pixels
+        more = [bit_depth] if bit_depth not in (0, 16) else []  # gives the same files other pixels
+        more += [files.labels.tolist()] if is_label_file(root) else []  # names of files do not say the classes
         return ImageSource(
             name=title,
             class_names=class_names,
             channels=3,
             mean=registry.PHOTO_MEAN,
             std=registry.PHOTO_STD,
-            fingerprint=fingerprint_of(class_names, [(name, size) for name, size, _ in files.status], *narrow),
+            fingerprint=fingerprint_of(class_names, [(name, size) for name, size, _ in files.status], *more),
             records=files,
-            decode=functools.partial(_decode_file, bit_depth=bit_depth),
+            decode=functools.partial(_decode_file, bit_depth=bit_depth, max_pixels=max_pixels),
             content=_read_file,
+            images_by_class=tuple(np.bincount(files.labels, minlength=len(class_names)).tolist()),
         )
 
     @classmethod
-    def decoder(cls, bit_depth: int = 0) -> Callable[[bytes], np.ndarray]:
+    def decoder(cls, bit_depth: int = 0, max_pixels: int = 0) -> Callable[[bytes], np.ndarray]:
         """Returns a function that decodes the content of a prepared file to uint8[H, W, 3]."""
-        return functools.partial(_decode_content, bit_depth=bit_depth)
+        return functools.partial(_decode_content, bit_depth=bit_depth, max_pixels=max_pixels)
 
 
-def _decode_file(file: str, bit_depth: int) -> np.ndarray:
+def _decode_file(file: str, bit_depth: int, max_pixels: int) -> np.ndarray:
+    limit_pixels(max_pixels)  # in a worker process, too
     return read_rgb(file, f"'{file}'", HOW_TO_REPAIR, upright=True, bit_depth=bit_depth)
 
 
-def _decode_content(content: bytes, bit_depth: int) -> np.ndarray:
+def _decode_content(content: bytes, bit_depth: int, max_pixels: int) -> np.ndarray:
+    limit_pixels(max_pixels)
     return read_rgb(io.BytesIO(content), "of data.prepared", HOW_TO_REPAIR, upright=True, bit_depth=bit_depth)
 
 
@@ -141,8 +155,65 @@ def _read_file(file: str) -> bytes:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
 
 
-class _ImageFiles(Sequence):
-    """The image files of a split by class and name: [i] -> {"image": path, "label": int}.
+class _Files(Sequence):
+    """Image files of a split: [i] -> {"image": path, "label": int}.
+
+    Args:
+      folder: folder that their names are relative to.
+      class_names: label -> name.
+      names: names of the files.
+      labels: label of each.
+
+    Attributes:
+      class_names: label -> name.
+      status: (name, bytes, modification time in ns) of each file.
+      labels: int32[N].
+    """
+
+    def __init__(self, folder: pathlib.Path, class_names: tuple[str, ...], names: Sequence[str], labels: Sequence[int]):
+        self._folder, self.class_names = folder, class_names
+        self.status: list[tuple[str, int, int]] = list(map(self._status, names))
+        self.labels = np.array(labels, np.int32)
+
+    def _status(self, name: str) -> tuple[str, int, int]:
+        try:
+            status = os.stat(os.path.join(self._folder, name))
+        except OSError as error:
+            raise InputError(f"cannot read '{self._folder / name}' ({error.strerror}): check data.paths") from error
+        return name, status.st_size, status.st_mtime_ns
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def __getitem__(self, index: int) -> Mapping:
+        return {"image": os.path.join(self._folder, self.status[index][0]), "label": int(self.labels[index])}
+
+
+def _labelled_files(table: pathlib.Path, split: str) -> _Files:
+    """Returns the files of a split that a table of labels names; without splits in it, by the hash of CLASS/FILE.
+
+    Raises:
+      InputError: as `image_labels.read_labels`; a single class, or a class without images for training.
+    """
+    rows, has_splits = read_labels(table, SUFFIXES)
+    class_names = tuple(sorted({label for _, label, _ in rows}))
+    if len(class_names) < 2 and split == "train":
+        raise InputError(f"data.paths: '{table}' names one class, '{class_names[0]}', and a model needs at least two")
+    labels = {name: label for label, name in enumerate(class_names)}
+    splits: dict[str, str | None] = {file: own for file, _, own in rows}
+    if not has_splits:
+        for name in class_names:
+            files = {f"{name}/{file}": file for file, label, _ in rows if label == name}
+            splits |= {files[key]: own for key, own in _assign_splits(list(files)).items()}
+    trained = {label for file, label, _ in rows if splits[file] == "train"}
+    if missing := sorted(set(class_names) - trained):
+        raise InputError(f"data.paths: class '{missing[0]}' of '{table}' has no image in the train split: add some")
+    chosen = [(file, labels[label]) for file, label, _ in rows if splits[file] == split]
+    return _Files(table.parent, class_names, [file for file, _ in chosen], [label for _, label in chosen])
+
+
+class _ImageFiles(_Files):
+    """The image files of a split by class and name, CLASS/FILE.
 
     Args:
       folder: folder of the class folders.
@@ -151,7 +222,6 @@ class _ImageFiles(Sequence):
       progress: show a progress bar on stderr.
 
     Attributes:
-      status: (CLASS/FILE, bytes, modification time in ns) of each file.
       skipped: files that are not read.
     """
 
@@ -162,16 +232,16 @@ class _ImageFiles(Sequence):
         found = resolve_paths([str(folder / name) for name in present], suffixes=SUFFIXES, title=title)
         self.skipped = found.skipped
         files = self._by_class(found.files, present)
-        self.status: list[tuple[str, int, int]] = []
+        chosen: list[str] = []
         labels: list[int] = []
         for label, class_name in enumerate(class_names):
             names = files.get(class_name, [])
             if split is not None:
                 splits = _assign_splits(names)
                 names = [name for name in names if splits[name] == split]
-            self.status += map(self._status, names)
+            chosen += names
             labels += [label] * len(names)
-        self._labels = np.array(labels, np.int32)
+        super().__init__(folder, class_names, chosen, labels)
 
     def _by_class(self, files: list[str], class_names: list[str]) -> dict[str, list[str]]:
         """Returns CLASS/FILE of all files, by class. Raises: InputError: a class has none."""
@@ -189,21 +259,20 @@ class _ImageFiles(Sequence):
                 )
         return found
 
-    def _status(self, name: str) -> tuple[str, int, int]:
-        try:
-            status = os.stat(os.path.join(self._folder, name))
-        except OSError as error:
-            raise InputError(f"cannot read '{self._folder / name}' ({error.strerror}): check data.paths") from error
-        return name, status.st_size, status.st_mtime_ns
-
-    def __len__(self) -> int:
-        return len(self.status)
-
-    def __getitem__(self, index: int) -> Mapping:
-        return {"image": os.path.join(self._folder, self.status[index][0]), "label": int(self._labels[index])}
-
 
 # Layout of folders.
+
+
+def _with_splits(root: pathlib.Path, progress: bool) -> pathlib.Path:
+    """Returns the folder that holds the splits, below folders that hold one folder alone; else `root`."""
+    inner = root
+    while len(below := _subfolders(inner) if inner.is_dir() else ()) == 1 and not _has_images(inner):
+        inner = inner / below[0]
+        if _holds_splits(inner):
+            if progress:
+                warn(f"data.paths: the splits are in '{inner}', which is read")
+            return inner
+    return root
 
 
 def _find_layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ...], Skipped]:
@@ -428,6 +497,13 @@ def _read_verified(verified: pathlib.Path) -> dict[str, int] | None:
     except FileNotFoundError:
         return None
     return parse_json(content) if content else None
+
+
+def check_images(files: Sequence[str]) -> None:
+    """Checks that files are images, several at once. Raises: InputError: names the first that is none."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for first in range(0, len(files), VERIFY_GROUP):
+            list(pool.map(_verify_file, files[first : first + VERIFY_GROUP]))
 
 
 def _verify_file(file: str) -> tuple[str, int] | None:

@@ -1,4 +1,4 @@
-"""Questions with complete prompts, one JSON object per line: the format of the PyTorch reference."""
+"""Questions with complete prompts, one JSON object per line: the format of the PyTorch reference and of RULER."""
 
 import pathlib
 from collections.abc import Iterator
@@ -52,12 +52,15 @@ def lines(file: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
 
 
-def parse(line: bytes, where: str) -> tuple[int, str, tuple[str, ...]]:
+def parse(line: bytes, where: str, number: int = 0) -> tuple[int, str, tuple[str, ...]]:
     """Returns (index, prompt, accepted answers) of a line, stripped of white space, each answer once.
+
+    The prompt is "input", and the beginning of the answer where RULER stores it separately ("answer_prefix").
 
     Args:
       line: JSON.
       where: file and line number, for messages.
+      number: index of a line without one.
 
     Raises:
       InputError: not an object with these fields.
@@ -68,6 +71,13 @@ def parse(line: bytes, where: str) -> tuple[int, str, tuple[str, ...]]:
         raise InputError(f"{where} is not JSON ({error}); {QA_JSONL_USAGE}") from None
     if not isinstance(record, dict):
         raise InputError(f"{where} is no object; {QA_JSONL_USAGE}")
+    if "input" not in record and {"context", "question"} <= record.keys():
+        raise InputError(
+            f"{where} is a question with its context: use data.name=squad_long, which asks it at any length"
+        )
+    record = {"index": number, **record}
+    if isinstance(record.get("outputs"), str):
+        record["outputs"] = [record["outputs"]]
     for name, kind, wanted in (("index", int, "an integer"), ("input", str, "a text"), ("outputs", list, "a list")):
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
             raise InputError(
@@ -80,4 +90,8 @@ def parse(line: bytes, where: str) -> tuple[int, str, tuple[str, ...]]:
         )
     if not record["input"].strip():
         raise InputError(f"{where}: field 'input' is empty; {QA_JSONL_USAGE}")
-    return record["index"], record["input"].strip(), tuple(dict.fromkeys(output.strip() for output in outputs))
+    prefix = record.get("answer_prefix") or ""
+    if not isinstance(prefix, str):
+        raise InputError(f"{where}: field 'answer_prefix' must be a text, got {prefix!r:.60}; {QA_JSONL_USAGE}")
+    prompt = (record["input"] + prefix).strip()
+    return record["index"], prompt, tuple(dict.fromkeys(output.strip() for output in outputs))

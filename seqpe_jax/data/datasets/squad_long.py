@@ -1,6 +1,7 @@
-"""Questions of SQuAD (v1.1, v2, or any file in that format), asked among many paragraphs."""
+"""Questions with passages: SQuAD's files (v1.1, v2) or rows of context, question and answers, asked among many paragraphs."""
 
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,9 +10,11 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from seqpe_jax.data import registry
-from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction
+from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction, split_of_name
 from seqpe_jax.data.datasets.qa_base import QABuilder, Question
-from seqpe_jax.data.formats import HEAD_BYTES, JSON_HEAD_BYTES, check_plain_text, first_json_record
+from seqpe_jax.data.datasets.qa_rows import Article, group_rows, holds_rows, read_rows, title_of
+from seqpe_jax.data.formats import HEAD_BYTES, check_plain_text
+from seqpe_jax.data.paths import resolve_paths
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import parse_json_text
 
@@ -19,18 +22,21 @@ HELD_OUT = 0.1  # share of the articles in validation, and in test, of a single 
 QUESTION_WORDS = ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
 SQUAD_USAGE = registry.get("squad_long").paths_hint
 
-Article = tuple[str, list]  # (title, paragraphs); a paragraph is (context, [(question, answers), ...])
+DATA_FILE = re.compile(r".*\.(json|jsonl|ndjson|parquet|arrow)(\.(gz|zst|xz|bz2))?", re.IGNORECASE)
+EMPTY = "empty"  # of data.unanswerable: such a question is asked, and its answer is empty
 
 
 class SquadLong(QABuilder):
     """Questions on paragraphs of articles; the type of a question is its first question word, or "other".
 
     A single file is split by article: the tenth with the lowest hashes of their titles is the test split, the next tenth
-    validation. In a folder, train-*.json are the train split, and the articles of dev-*.json are split in halves the same
-    way: validation and test. Questions of SQuAD v2 without an answer are stored without one; `QASource` skips them.
+    validation. In a folder the names of files say the split (train-v1.1.json, validation-00000-of-00001.parquet); where one of
+    validation and test is missing, the articles of the other are split in halves the same way. An article without a title has
+    the hash of its first passage. Questions without an answer are stored without one, and `QASource` skips them, or with "".
 
     Args:
       paths: the file or the folder.
+      options: {"unanswerable": "empty" = questions without an answer have the answer ""}.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -41,34 +47,51 @@ class SquadLong(QABuilder):
         return [file_signature(file, f"{part} {file.name}") for part, file in _files(paths)]
 
     def questions(self) -> Mapping[str, Iterable[Question]]:
-        articles: dict[str, list[Article]] = {}  # by part: whole, train or dev
+        articles: dict[str, list[Article]] = {}  # by part
         for part, file in _files(self.paths):
             articles.setdefault(part, []).extend(_read_articles(file))
         shares = {"whole": (HELD_OUT, HELD_OUT), "dev": (0.5, 0.5), "train": (0.0, 0.0)}
+        shares |= {"validation": (0.0, 1.0), "test": (1.0, 0.0)}
         splits: dict[str, list[Article]] = {split: [] for split in SPLITS}
         for part, found in articles.items():
             for split, titles in _split_titles({title for title, _ in found}, *shares[part]).items():
                 splits[split] += [article for article in found if article[0] in titles]
-        return {split: _questions(found) for split, found in splits.items()}
+        no_answer = ("",) if self.options.get("unanswerable") == EMPTY else ()
+        return {split: _questions(found, no_answer) for split, found in splits.items()}
 
     @staticmethod
     def leaks_answer(text: str, question: str, answers: Iterable[str]) -> bool:
         text = text.lower()
-        return any(answer.lower() in text for answer in answers)
+        return any(answer and answer.lower() in text for answer in answers)
 
 
 def _files(paths: tuple[str, ...]) -> list[tuple[str, pathlib.Path]]:
-    """Returns (part: "whole", "train" or "dev"; file)."""
+    """Returns (part, file): "whole", or "train" and either "dev", which is split in halves, or "validation" and "test"."""
     registry.get(SquadLong.name).check_paths(paths)
     path = pathlib.Path(paths[0]).expanduser().absolute()
     if path.is_file():
         return [("whole", path)]
     if not path.is_dir():
         raise InputError(f"data.paths: '{path}' does not exist; {SQUAD_USAGE}")
-    found = [(part, file) for part in ("train", "dev") for file in sorted(path.glob(f"{part}-*.json"))]
-    if not found:
-        raise InputError(f"data.paths: folder '{path}' holds neither train-*.json nor dev-*.json; {SQUAD_USAGE}")
-    return found
+    files = [pathlib.Path(file) for file in resolve_paths([str(path)]).files if DATA_FILE.fullmatch(file)]
+    named = [(split_of_name(os.path.relpath(file, path)), file) for file in files]
+    if len(files) == 1 and named[0][0] in (None, "train"):
+        return [("whole", files[0])]
+    found = [(split, file) for split, file in named if split is not None]
+    splits = {split for split, _ in found}
+    if "train" not in splits:
+        raise InputError(
+            f"data.paths: folder '{path}' holds no file of data whose name says 'train', such as train-v1.1.json or "
+            f"train.parquet; {SQUAD_USAGE}"
+        )
+    if splits == {"train"}:
+        return [("whole", file) for _, file in found]
+    halved = not {"validation", "test"} <= splits
+    order = {split: number for number, split in enumerate(SPLITS)}
+    return [
+        ("dev" if halved and split != "train" else split, file)
+        for split, file in sorted(found, key=lambda item: order[item[0]])
+    ]
 
 
 def _split_titles(titles: set[str], test: float, validation: float) -> dict[str, set[str]]:
@@ -88,14 +111,20 @@ def _split_titles(titles: set[str], test: float, validation: float) -> dict[str,
 
 def _read_articles(file: pathlib.Path) -> list[Article]:
     """Returns the checked articles of a file."""
+    if holds_rows(file):
+        return read_rows(file)
     content = _read_json(file)
-    return [
-        (
-            _field(file, article, where, "title", str),
-            [_paragraph(file, paragraph, below) for below, paragraph in _items(file, article, where, "paragraphs")],
-        )
-        for where, article in _items(file, content, "", "data")
-    ]
+    if isinstance(content, list):
+        return group_rows(enumerate(content), f"'{file}'")
+    return [_article(file, article, where) for where, article in _items(file, content, "", "data")]
+
+
+def _article(file: pathlib.Path, article: Any, where: str) -> Article:
+    """Returns (title, paragraphs)."""
+    paragraphs = [_paragraph(file, paragraph, below) for below, paragraph in _items(file, article, where, "paragraphs")]
+    if article.get("title") is None and paragraphs:
+        return title_of(paragraphs[0][0]), paragraphs
+    return _field(file, article, where, "title", str), paragraphs
 
 
 def _paragraph(file: pathlib.Path, paragraph: Any, where: str) -> tuple[str, list[tuple[str, list[str]]]]:
@@ -119,11 +148,6 @@ def _read_json(file: pathlib.Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
     except json.JSONDecodeError as error:
-        if first_json_record(content[:JSON_HEAD_BYTES], len(content) <= JSON_HEAD_BYTES) is not None:
-            raise InputError(
-                f"'{file}' holds JSON lines, but data.name='squad_long' reads one object: {SQUAD_USAGE}; lines with 'input' "
-                "and 'outputs' are read with data.name=qa_jsonl"
-            ) from None
         raise InputError(
             f"'{file}', line {error.lineno} is not JSON ({error.msg}, column {error.colno}): download the file again"
         ) from None
@@ -151,7 +175,8 @@ def _field(file: pathlib.Path, owner: Any, where: str, name: str, kind: type) ->
     return value
 
 
-def _questions(articles: list[Article]) -> Iterator[Question]:
+def _questions(articles: list[Article], no_answer: tuple[str, ...] = ()) -> Iterator[Question]:
+    """Yields the questions of articles; no_answer: the accepted answers of those without one."""
     for title, paragraphs in articles:
         for context, questions in paragraphs:
             passage = context.strip()
@@ -161,6 +186,6 @@ def _questions(articles: list[Article]) -> Iterator[Question]:
                 words = re.findall(r"\w+", question.lower())
                 question_type = next((word for word in words if word in QUESTION_WORDS), "other")
                 accepted = tuple(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
-                yield Question(title, passage, question.strip(), question_type, accepted)
+                yield Question(title, passage, question.strip(), question_type, accepted or no_answer)
             if not questions:
                 yield Question(title, passage, "", "other", ())

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from seqpe_jax.data import registry
-from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction
+from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction, split_of_name
 from seqpe_jax.data.datasets.text_base import Documents, TextBuilder, split_document
 from seqpe_jax.data.datasets.text_records import (
     HELD_OUT,
@@ -41,11 +41,6 @@ _RECORD_SUFFIX = re.compile(
 )
 # Files that `datasets.save_to_disk` adds to the Arrow files that one of them names.
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
-_SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 
 
 class Text(TextBuilder):
@@ -84,7 +79,7 @@ class Text(TextBuilder):
         parts = [part for path in self.paths if _is_tfds(path) for part in _tfds_parts(path, self._progress)]
         files = find_files(self.paths)
         for name, file in tqdm.tqdm(files.items(), "check files", unit=" files", delay=2.0, disable=not self._progress):
-            parts.append(_Part(detect(file, name), name, _split_of(name)))
+            parts.append(_Part(detect(file, name), name, split_of_name(name)))
         _check_one_kind(parts, key)
         if split_on:
             parts = _split_parts(parts, split_on)
@@ -193,12 +188,6 @@ def _shares(parts: list[_Part]) -> tuple[dict[str, list[Share]], str]:
         }
         return shares, "split by file"
     return {split: [SHARES[split] for _ in parts] for split in SPLITS}, "each file is split 90/5/5"
-
-
-def _split_of(name: str) -> str | None:
-    """Returns the split that a file's name or folder says; None where it says none, or several."""
-    found = {_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS}
-    return found.pop() if len(found) == 1 else None
 
 
 def _check_one_kind(parts: list[_Part], key: str) -> None:
@@ -343,6 +332,6 @@ def _tfds_parts(path: str, progress: bool) -> list[_Part]:
             "`tfds build`, on a machine with a network"
         ) from error
     return [
-        _Part(_TfdsSplit(builder, split, f"{path} {split}"), f"{path}/{split}", _split_of(split))
+        _Part(_TfdsSplit(builder, split, f"{path} {split}"), f"{path}/{split}", split_of_name(split))
         for split in builder.info.splits
     ]

@@ -153,6 +153,22 @@ class TextFile:
         with self.open() as stream:
             return len(BYTE_ORDER_MARK) if stream.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0
 
+    def rows(self, columns: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
+        """Yields (number from 0, record) of all records; of tables, with those of the columns that they have.
+
+        Raises:
+          InputError: a line is not JSON, or the file is damaged or holds plain text.
+        """
+        read = {"json": self._json_records, "array_record": self._array_records}.get(self.kind)
+        with _naming(self.path):
+            if read is not None:
+                yield from read("", lambda number: True)
+                return
+            number = 0
+            for batch in self._table_batches(lambda schema: [name for name in columns if name in schema.names]):
+                yield from enumerate(batch.to_pylist(), number)
+                number += batch.num_rows
+
     def records(self, key: str, select: Callable[[int], bool], bad: BadRecords) -> Iterator[tuple[int, bytes]]:
         """Yields (number from 0, UTF-8 text) of selected records.
 
@@ -237,18 +253,17 @@ class TextFile:
 
     def _table_records(self, key: str, select: Callable[[int], bool]) -> Iterator[tuple[int, Any]]:
         number = 0
-        for batch in self._table_batches(key):
+        for batch in self._table_batches(lambda schema: [_column(key, schema, self.path)]):
             chosen = [row for row in range(batch.num_rows) if select(number + row)]
             for row, record in zip(chosen, batch.take(pyarrow.array(chosen, "int64")).to_pylist(), strict=True):
                 yield number + row, record
             number += batch.num_rows
 
-    def _table_batches(self, key: str) -> Iterator[pyarrow.RecordBatch]:
-        """Yields the rows of a Parquet or Arrow file, with the column that holds the text alone."""
+    def _table_batches(self, choose: Callable[[pyarrow.Schema], list[str]]) -> Iterator[pyarrow.RecordBatch]:
+        """Yields the rows of a Parquet or Arrow file, with the columns that are chosen of its schema."""
         if self.kind == "parquet":
             with pyarrow.parquet.ParquetFile(self.path) as table:
-                column = _column(key, table.schema_arrow, self.path)
-                yield from table.iter_batches(ROWS_PER_READ, columns=[column])
+                yield from table.iter_batches(ROWS_PER_READ, columns=choose(table.schema_arrow))
             return
         with pyarrow.memory_map(os.fspath(self.path)) as content:
             if self.kind == "arrow":
@@ -257,10 +272,10 @@ class TextFile:
             else:
                 reader = pyarrow.ipc.open_stream(content)
                 batches = iter(reader)
-            column = _column(key, reader.schema, self.path)
+            columns = choose(reader.schema)
             for batch in batches:
                 for start in range(0, batch.num_rows, ROWS_PER_READ):
-                    yield batch.select([column]).slice(start, ROWS_PER_READ)
+                    yield batch.select(columns).slice(start, ROWS_PER_READ)
 
 
 def text_span(file: TextFile, share: tuple[float, float]) -> Iterator[bytes]:
