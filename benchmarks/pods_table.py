@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -103,10 +103,11 @@ def table(stored: Mapping[str, Any]) -> str:
         "total of",
         "a device sends",
         "waits",
+        "largest all-reduce",
         "bound",
         "MFU",
     )
-    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * 3 + "---|---:|---|---:|"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * 3 + "---|---:|---:|---|---:|"]
     lines += [f"| {' | '.join(cells(name, stored[name]))} |" for name in ROWS if name in stored]
     return "\n".join(lines) + "\n"
 
@@ -118,7 +119,7 @@ def cells(name: str, found: Mapping[str, Any]) -> list[str]:
     total = f"{memory['total'] / 2**20:,.0f} of {memory['hbm'] / 2**20:,.0f}"
     stored = f"{(memory['parameters'] + memory['optimizer']) / 2**20:,.0f}"
     if bound is None:
-        return [name, mesh, stored, "-", f"{total}: does not fit", "-", "-", "-", "-"]
+        return [name, mesh, stored, "-", f"{total}: does not fit", "-", "-", "-", "-", "-"]
     sent = ", ".join(f"{kind} {one['bytes'] / 2**20:,.0f}" for kind, one in found["collectives"].items())
     return [
         name,
@@ -128,9 +129,22 @@ def cells(name: str, found: Mapping[str, Any]) -> list[str]:
         total,
         sent,
         f"{1000 * bound['exposed_s']:,.1f} ms",
+        f"{largest_all_reduce(bound['collectives']) / 2**20:,.2f}",
         f"{bound['bound']}, {1000 * bound['seconds']:,.0f} ms",
         f"{100 * bound['mfu']:.1f}%",
     ]
+
+
+def largest_all_reduce(collectives: Iterable[Mapping[str, Any]]) -> int:
+    """Returns the bytes of the largest all-reduce over fsdp or context for which devices wait."""
+    return max(
+        (
+            one["largest"]
+            for one in collectives
+            if one["kind"] == "all-reduce" and not one["hidden"] and {"fsdp", "context"} & set(one["axes"])
+        ),
+        default=0,
+    )
 
 
 def faults(stored: Mapping[str, Any], page: str) -> list[str]:
