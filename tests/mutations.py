@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from seqpe_jax import config
-from seqpe_jax.data import formats, tokenizers
+from seqpe_jax.data import formats
 from seqpe_jax.data.datasets import image_base
+from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.interop import hf, hf_families, hf_images, hf_rope, pickles, torch_config, torch_reference
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.training.checkpoint import Checkpointer
@@ -56,6 +57,7 @@ RESULTS = ("run/metrics.jsonl", "run/evaluation.json")
 IMAGE_RUN = ("image_run/config.json", "image_run/sizes.json", "image_run/classes.json")
 GPT2 = ("gpt2/config.json", "gpt2/model.safetensors", "words.json")
 SWEEP_FILES = ("sweep.py", "page.py")
+REFERENCE = ("reference/config.json", "reference/pe_config.json", "reference/train_args.json")
 OUT = "--output=new/out"
 # Command lines that work in a folder of `write_inputs`, and the files that each reads there.
 COMMANDS = {
@@ -73,6 +75,8 @@ COMMANDS = {
     ("report", "--workdir=run", OUT): ("run/config.json", *RESULTS, *ARRAYS, "run/log.txt"),
     ("convert", "--source=gpt2", OUT, "--to=run", "--tokenizer=words.json"): GPT2,
     ("convert", "--source=run", OUT, "--to=reference"): RUN,
+    ("convert", "--source=reference", OUT): REFERENCE,
+    ("evaluate", "--checkpoint=timm", "--sizes=32", OUT): ("timm/config.json",),
     ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--jobs=2", "--only=0-6,1-8"): SWEEP_FILES,
     ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--executor=print"): SWEEP_FILES,
     ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--executor=optuna"): SWEEP_FILES,
@@ -131,6 +135,10 @@ def write_inputs(folder: pathlib.Path) -> None:
             _write_run(pathlib.Path(name), one)
         _write_results(pathlib.Path("run"))
         _write_gpt2(pathlib.Path("gpt2"))
+        for name in ("reference", "timm"):  # without weights
+            pathlib.Path(name).mkdir()
+            for file, content in foreign_settings()[name].items():
+                pathlib.Path(name, file).write_text(json.dumps(content))
         _write_traps()
     finally:
         os.chdir(before)
@@ -511,7 +519,7 @@ def write_readable(folder: pathlib.Path) -> dict[str, Callable[[pathlib.Path], o
     return {
         "model.pth": pickles.read,
         "model.safetensors": hf.read_safetensors,
-        "tokenizer.json": lambda path: tokenizers.load_tokenizer(path).encode(b"line 12 of text"),
+        "tokenizer.json": lambda path: load_tokenizer(path).encode(b"line 12 of text"),
         "image.png": lambda path: image_base.read_rgb(str(path), "one", "mend it"),
         "image.jpg": lambda path: image_base.read_rgb(str(path), "one", "mend it", upright=True),
         "metrics.jsonl": lambda path: run(path).read_metrics(),

@@ -258,7 +258,7 @@ def _image_spec(file: pathlib.Path, settings: Mapping[str, Any], model: Mapping[
         for name in ("MODEL", "DATA", "TRAIN")
     }
 
-    def read(section: str, name: str, field: str, default: Any) -> Any:
+    def setting(section: str, name: str, field: str, default: Any) -> Any:
         """The value of a field, checked as the field of the spec; null and 0 = the default."""
         checked = torch_config.SPEC_FIELDS["vit"][field]
         value = sections[section].get(name)
@@ -279,12 +279,12 @@ def _image_spec(file: pathlib.Path, settings: Mapping[str, Any], model: Mapping[
         "kind": "vit",
         "embed_dim": width,
         "depth": len({name.split(".")[1] for name in model if name.startswith("blocks.")}),
-        "img_size": read("DATA", "IMG_SIZE", "img_size", 224),
+        "img_size": setting("DATA", "IMG_SIZE", "img_size", 224),
         "mlp_ratio": len(mlp) / width,
         "patch_size": kernel.shape[-1],
         "num_classes": len(model["head.weight"]),
-        "num_heads": read("MODEL", "NUM_HEADS", "num_heads", max(width // 64, 1)),
-        "drop_path": read("MODEL", "DROP_PATH_RATE", "drop_path", 0.0),
+        "num_heads": setting("MODEL", "NUM_HEADS", "num_heads", max(width // 64, 1)),
+        "drop_path": setting("MODEL", "DROP_PATH_RATE", "drop_path", 0.0),
         "data_name": DATA_NAMES.get(format_value(sections["DATA"].get("DATASET")).strip("'"), "imagenet2012"),
         **_pe_spec(file, settings, IMAGE_SECTIONS),
     }
