@@ -463,7 +463,7 @@ def foreign_cases(draw: st.DrawFn) -> tuple[str, dict[str, bytes]]:
             names = (*section, "factor", "rope_type", "IMG_SIZE", "NUM_HEADS", "TYPE", "img_size", "num_heads", "std")
         else:
             names = foreign_fields(chosen, file)
-        section[draw(st.sampled_from(names))] = draw(FOREIGN_VALUES)
+        section[draw(st.sampled_from(names))] = copy.deepcopy(draw(FOREIGN_VALUES))  # it may get fields itself
     files = {name: _dump(content) for name, content in settings.items()}
     if draw(st.sampled_from((False, False, False, True))):
         name = draw(st.sampled_from(tuple(files)))

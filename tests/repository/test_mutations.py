@@ -5,6 +5,7 @@ files, which are read in this process; MUTATION_SEED=N repeats a draw. launch/fu
 """
 
 import collections
+import copy
 import os
 import pathlib
 import random
@@ -174,7 +175,7 @@ def test_stored_configs():
 
     def read(changes):
         values = config.to_dict(tiny_config())
-        for (section, name), value in changes:
+        for (section, name), value in copy.deepcopy(changes):
             if name and isinstance(values[section], dict):
                 values[section][name] = value
             else:
