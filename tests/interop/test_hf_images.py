@@ -233,7 +233,11 @@ def test_features_without_a_head_get_one_of_zeros(tmp_path, capsys):
     state = timm_state(registers=0, rows=1 + PATCHES)
     features = {name: array for name, array in state.items() if not name.startswith("head.")}
     model = seqpe_jax.load(
-        folder_of(tmp_path / "features", TIMM | {"global_pool": "token", "num_classes": 0}, features)
+        folder_of(
+            tmp_path / "features",
+            TIMM | {"global_pool": "token", "num_classes": 0, "model_args": {"img_size": SIDE}},
+            features,
+        )
     )
     assert "has no head of classes: it gets one of 1000" in capsys.readouterr().err
     assert not np.any(model.params["model"]["head"]["kernel"]) and model.data_spec.classes == 1000
