@@ -36,8 +36,8 @@ def shrink(config: Config) -> Config:
     data, patch, best = config.data, model.patch, config.checkpoint.best
     if config.steps > 5000:  # a recipe of the paper, which chooses by lengths and sizes that are too large here
         evaluation, best = dataclasses.replace(evaluation, every=0), ""
-    if data.name in ("stdlib_text", "wikitext103"):
-        data = dataclasses.replace(data, name="text_files", paths=(TEXTS,))
+    if data.name in ("stdlib_text", "text", "wikitext103"):
+        data = dataclasses.replace(data, name="text_files", paths=(TEXTS,), mixture=(), split_on="")
     if data.name == "stdlib_qa":
         data = dataclasses.replace(data, name="qa_jsonl", paths=(QUESTIONS,))
     if data.name == "imagenet2012":
