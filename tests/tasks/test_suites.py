@@ -25,7 +25,10 @@ class Reader:
     load_params: object = None
     folder: str = "runs/reader"
     step: int = 3
-    model_spec: object = types.SimpleNamespace(max_grid=None)
+
+    @property
+    def model_spec(self):
+        return types.SimpleNamespace(max_grid=None)
 
     @functools.cached_property
     def task(self):
