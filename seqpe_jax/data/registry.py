@@ -147,10 +147,15 @@ class Dataset:
         pairs = ((name, getattr(data, name)) for name in self.options)
         return tuple((name, value) for name, value in pairs if value != getattr(defaults, name))
 
+    @property
+    def foreign_options(self) -> tuple[str, ...]:
+        """Options that other data sets read and this one does not."""
+        return tuple(sorted({option for one in DATASETS.values() for option in one.options} - set(self.options)))
+
     def check_options(self, data: Any) -> None:
         """Raises InputError where a `data` section sets an option of other data sets."""
         defaults = type(data)()
-        for name in sorted({option for one in DATASETS.values() for option in one.options} - set(self.options)):
+        for name in self.foreign_options:
             if getattr(data, name) != getattr(defaults, name):
                 readers = ", ".join(one.name for one in DATASETS.values() if name in one.options)
                 raise InputError(

@@ -314,6 +314,8 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
         }
         if registry.get(request.data).kind != registry.DATA_TEXT:
             own["packing"] = "concatenated"
+        defaults = type(settings.data)()
+        own |= {name: getattr(defaults, name) for name in registry.get(request.data).foreign_options}
         own["raw"] = values["data"]["raw"] and request.data == values["data"]["name"]
         values["data"] |= {"name": request.data, "paths": request.paths} | own
     values["data"]["lossy_tokenizer"] |= request.lossy

@@ -75,24 +75,21 @@ def check_suites(settings: Config, request: SuiteRequest) -> None:
 
 def probe_config(settings: Config, request: SuiteRequest, probe: str) -> Config:
     """Returns the config under which a model is asked a probe. Raises: InputError: values that do not fit."""
-    values = config.to_dict(settings)
-    own = {"paths": (), "prepared": "", "prompt_weight": 0.0, "question_weight": 0.0, "text_key": "text", "raw": False}
-    if probe == QUESTIONS:
-        own |= {"name": "squad_long", "paths": request.paths}
-    else:
-        own |= {"name": RETRIEVAL, "probe": probe, "instructions": request.instructions}
-        own |= {"depths": request.depths} if request.depths else {}
+    values, name = config.to_dict(settings), "squad_long" if probe == QUESTIONS else RETRIEVAL
+    reset = ("prepared", "prompt_weight", "question_weight", "packing", "reset_positions")
+    reset += registry.get(name).foreign_options
+    defaults = type(settings.data)()
+    own = {field: getattr(defaults, field) for field in reset} | {"name": name, "paths": request.paths}
+    if name == RETRIEVAL:
+        own |= {"paths": (), "probe": probe, "instructions": request.instructions}
+        own |= {"depths": request.depths or defaults.depths}
     values["data"] |= own
     values["seed"] = request.seed
     values["eval"] |= {
         "lengths": request.lengths,
         "examples": request.examples,
         "new_tokens": request.new_tokens or 1,
-        "contexts": (),
-        "stride": 0,
-        "tokens": 0,
-        "targets": type(settings.eval)().targets,
-    }
+    } | {field: getattr(type(settings.eval)(), field) for field in ("contexts", "stride", "targets", "tokens")}
     return config.from_dict(values)
 
 
