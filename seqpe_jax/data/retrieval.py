@@ -14,7 +14,14 @@ from seqpe_jax.data.tokenizers import Tokenizer
 from seqpe_jax.errors import InputError
 
 EXAMPLES = {"train": 2**20, "validation": 200, "test": 200}
+CHECKED = (
+    32  # prompts without filler that must fit; others may have a few tokens more, and are refused when they are read
+)
 SAMPLE = 256  # questions of a split that are counted, and guessed without their text
+
+
+class PromptTooLongError(InputError):
+    """No prompt of a probe fits a length."""
 
 
 class RetrievalQuestions(QASource):
@@ -38,7 +45,7 @@ class RetrievalQuestions(QASource):
       seed: seed of the prompts.
 
     Raises:
-      InputError: the length is too short for any prompt.
+      PromptTooLongError: the length is too short for any prompt.
     """
 
     def __init__(
@@ -61,9 +68,9 @@ class RetrievalQuestions(QASource):
         self.content_fingerprint = fingerprint_of(*identity)
         self.fingerprint = fingerprint_of(*identity, length, tokenizer.fingerprint)
         self.num_questions = EXAMPLES[split]
-        smallest = self._count(self._prompt(0, 0))
+        smallest = max(self._count(self._prompt(index, 0)) for index in range(CHECKED))
         if smallest > length:
-            raise InputError(
+            raise PromptTooLongError(
                 f"no prompt of data.probe='{probe}' fits {length} tokens: the smallest workable length is {smallest}"
                 + ("" if not instructions else ", or less with data.instructions=False")
             )
@@ -121,7 +128,7 @@ class RetrievalQuestions(QASource):
         """The longest prompt that fits, by doubling and bisection of its filler."""
         low, prompt = 0, self._prompt(index, 0)
         if self._count(prompt) > self.length:
-            raise InputError(
+            raise PromptTooLongError(
                 f"prompt {index} of data.probe='{self._probe}' takes {self._count(prompt)} tokens, more than {self.length}: "
                 "choose a longer length"
             )

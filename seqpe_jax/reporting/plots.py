@@ -63,6 +63,7 @@ def plot_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[P
         contexts,
         extrapolation,
         extrapolation_answers,
+        extrapolation_outputs,
         extrapolation_sizes,
         functools.partial(quality_and_cost, benchmarks=benchmarks),
         attention_spread,
@@ -164,6 +165,13 @@ def extrapolation_answers(study: Study) -> Plot | None:
     runs = [run for run in study.counted if run.data_kind == "questions"]
     title, x, y = "Answers past the training length", "evaluated length (tokens)", "contains the answer (percent)"
     return _plot_by_extent(study, runs, _values_of(runs, "contains"), "extrapolation_answers", title, x, y)
+
+
+def extrapolation_outputs(study: Study) -> Plot | None:
+    """Draws the percentage of right outputs by the largest input length; None without evaluations of algorithmic tasks."""
+    runs = [run for run in study.counted if run.data_kind == "sequences"]
+    title, x, y = "Outputs past the training length", "largest length of the input (symbols)", "right outputs (percent)"
+    return _plot_by_extent(study, runs, _values_of(runs, "accuracy"), "extrapolation_outputs", title, x, y)
 
 
 def extrapolation_sizes(study: Study) -> Plot | None:

@@ -142,7 +142,11 @@ def _evaluate_suites(model: Any, request: SuiteRequest, write_prediction: WriteR
 
         return _evaluate_and_print(asked, asked.task, eval_size, "test", write, f"{label}, ")
 
-    found = evaluate_suites(model, request, run)
+    def note(line: str) -> None:
+        if processes.is_main_process():
+            print(line, file=sys.stderr, flush=True)
+
+    found = evaluate_suites(model, request, run, note)
     if processes.is_main_process():
         for suite, scores in found["suites"].items():
             length = scores["effective_length"] or f"below {min(request.lengths)}"

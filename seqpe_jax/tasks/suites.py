@@ -10,6 +10,7 @@ from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data import registry
 from seqpe_jax.data.datasets.retrieval import NAME as RETRIEVAL
+from seqpe_jax.data.retrieval import PromptTooLongError
 from seqpe_jax.errors import InputError, suggest
 
 # Percent that RULER asks of a length: the score of Llama 2 7B at 4,096 tokens.
@@ -98,20 +99,26 @@ def _with_new_tokens(model: Any, settings: Config, request: SuiteRequest) -> Con
     if request.new_tokens:
         return settings
     task = dataclasses.replace(model, config=settings).task
-    source = task.questions("test", request.lengths[-1])
+    try:
+        source = task.questions("test", request.lengths[-1])
+    except PromptTooLongError:  # said for each length
+        return settings
     records = [source[index] for index in range(min(LONGEST_SAMPLE, request.examples, len(source)))]
     answers = [record.get("answer") or max(record["outputs"], key=len) for record in records]
     longest = max(len(task.tokenizer.encode(f" {answer}".encode())) for answer in answers)
     return dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, new_tokens=longest + SPARE_TOKENS))
 
 
-def evaluate_suites(model: Any, request: SuiteRequest, run: Run) -> dict[str, Any]:
+def evaluate_suites(
+    model: Any, request: SuiteRequest, run: Run, note: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Asks a model all probes at all lengths.
 
     Args:
       model: a `seqpe_jax.Model`.
       request: the probes.
       run: evaluates a model, whose config is that of a probe, at one length.
+      note: gets a line on each probe and length that are left out, since its shortest prompt is longer.
 
     Returns:
       {"examples", "depths", "seed", "instructions", "effective_score", "probes": {probe: [result of each length]}, "suites": {suite:
@@ -123,7 +130,12 @@ def evaluate_suites(model: Any, request: SuiteRequest, run: Run) -> dict[str, An
     for _, probe in dict.fromkeys(request.probes()):
         settings = _with_new_tokens(model, probe_config(model.config, request, probe), request)
         asked = dataclasses.replace(model, config=settings, load_params=lambda: original.params)
-        probes[probe] = [run(asked, (length,)) for length in request.lengths]
+        probes[probe] = []
+        for length in request.lengths:
+            try:
+                probes[probe].append(run(asked, (length,)))
+            except PromptTooLongError as error:
+                note(f"length {length}: left out, {error}")
         for result in probes[probe]:
             result["score"] = result.get("contains_all", result["contains"])
     return {
@@ -138,11 +150,12 @@ def evaluate_suites(model: Any, request: SuiteRequest, run: Run) -> dict[str, An
 
 
 def _suite_scores(suite: str, request: SuiteRequest, probes: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    own = [probes[probe] for name, probe in request.probes() if name == suite]
-    means = [float(np.mean([results[number]["score"] for results in own])) for number in range(len(request.lengths))]
+    own = [result for name, probe in request.probes() if name == suite for result in probes[probe]]
+    scores = {length: [result["score"] for result in own if result["length"] == length] for length in request.lengths}
+    means = {length: float(np.mean(found)) for length, found in scores.items() if found}
     return {
-        "score": dict(zip(map(str, request.lengths), means, strict=True)),
-        "effective_length": effective_length(request.lengths, means, request.effective_score),
+        "score": {str(length): mean for length, mean in means.items()},
+        "effective_length": effective_length(tuple(means), tuple(means.values()), request.effective_score),
     }
 
 

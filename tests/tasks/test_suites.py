@@ -77,6 +77,18 @@ def test_a_suite_says_the_effective_length_and_is_added_to_the_evaluation(tmp_pa
     assert json.loads(path.read_text())["results"] == []  # those of another step are not kept
 
 
+def test_probes_that_do_not_fit_a_length_are_left_out_of_it(monkeypatch):
+    model, lines = Reader(tiny_config(variant="alibi")), []
+    request = SuiteRequest(("passkey", "mqar"), (200, 512), examples=2)
+    found = suites.evaluate_suites(
+        model, request, lambda asked, size: ask(asked, asked.task, size, "test"), lines.append
+    )
+    assert [result["length"] for result in found["probes"]["passkey"]] == [512] and len(found["probes"]["mqar"]) == 2
+    assert list(found["suites"]["passkey"]["score"]) == ["512"]
+    (line,) = lines
+    assert line.startswith("length 200: left out, no prompt of data.probe='passkey' fits 200 tokens: the smallest")
+
+
 def test_an_effective_length_has_no_gap_before_it():
     assert suites.effective_length((512, 1024, 2048), (90.0, 80.0, 95.0), 85.6) == 512
     assert suites.effective_length((512, 1024), (90.0, 85.6), 85.6) == 1024
