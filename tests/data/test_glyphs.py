@@ -27,7 +27,7 @@ def test_a_drawing_is_one_shape_at_every_size():
         )  # edges are a pixel wide at both sizes: a quarter of the area, where resizing blurs all
     wide = source(size=(32, 64))[77]["image"][..., 0]
     square = source(size=(32, 32))[77]["image"][..., 0]
-    np.testing.assert_array_equal(wide[:, 16:48], square)  # not stretched
+    np.testing.assert_array_equal(wide[:, 16:48], square)  # not distorted
     assert not wide[:, :12].any()
 
 

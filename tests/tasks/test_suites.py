@@ -74,7 +74,7 @@ def test_a_suite_says_the_effective_length_and_is_added_to_the_evaluation(tmp_pa
     assert len(lines) == 10 and json.loads(lines[0])["contains_all"] == 0.0
     path.write_text(json.dumps({"checkpoint": model.folder, "step": 2, "results": [{"length": 16, "loss": 1.0}]}))
     evaluate.write(evaluate.evaluate(model, evaluate.EvalRequest(suites=request))[0], arrays, path)
-    assert json.loads(path.read_text())["results"] == []  # those of another step are not kept
+    assert json.loads(path.read_text())["results"] == []  # those of another step are dropped
 
 
 def test_probes_that_do_not_fit_a_length_are_left_out_of_it(monkeypatch):
