@@ -144,7 +144,7 @@ def test_a_new_image_set_is_right_everywhere(toys, tmp_path):
 
 def test_names_in_configs_and_in_reports():
     assert config.from_dict({}).data_kind == DATA_TEXT
-    with pytest.raises(InputError, match="config field 'data.name' is 'toy_sums'.* Known: digit_images, "):
+    with pytest.raises(InputError, match="config field 'data.name' is 'toy_sums'.* Known: algorithmic, digit_images, "):
         config.from_dict({"data": {"name": "toy_sums"}})
     for name, size, kind in (
         ("elsewhere", (), "text"),
