@@ -80,7 +80,7 @@ def probe_config(settings: Config, request: SuiteRequest, probe: str) -> Config:
     reset = ("prepared", "prompt_weight", "question_weight", "packing", "reset_positions")
     reset += registry.get(name).foreign_options
     defaults = type(settings.data)()
-    own = {field: getattr(defaults, field) for field in reset} | {"name": name, "paths": request.paths}
+    own = {field: getattr(defaults, field) for field in reset} | {"name": name, "paths": request.paths, "mixture": {}}
     if name == RETRIEVAL:
         own |= {"paths": (), "probe": probe, "instructions": request.instructions}
         own |= {"depths": request.depths or defaults.depths}
