@@ -7,9 +7,9 @@
 The decoder's form of configs/algorithmic.py, 3,000 steps on inputs of length 1 to 40, one seed; 200 inputs of each range of
 lengths up to 500, and the mean over lengths 41 to 500 is that of five of them. RANDOM rows draw positions in rising order from
 2048, in training and evaluation; no position needs none. Tasks one after the other, the strongest encodings first.
-Hardware: two CPU cores, one for each of two runs at once. A step has 2.2 (parity_check, missing_duplicate) to 7 GFLOP
-(duplicate_string) of matrix products without those of SeqPE's encoder, 60 runs 0.73 PFLOP: at 10 GFLOP/s a core, about
-ten hours in all, which has not been measured.
+Hardware: two CPU cores, one for each of two runs at once. A step of `rotary` on duplicate_string, the longest one, took 0.85 CPU
+seconds for 7 GFLOP (two steps on a loaded machine); the 60 runs have 0.73 PFLOP without SeqPE's encoder, so about 25 CPU hours, 12 hours
+on two cores.
 """
 
 CONFIG = "configs/algorithmic.py"
