@@ -21,7 +21,7 @@ class Reader:
     """A model that finds what is within so many bytes of the end of its prompt."""
 
     config: object
-    reach: int = 700
+    reach: int = 600
     load_params: object = None
     folder: str = "runs/reader"
     step: int = 3
@@ -42,7 +42,7 @@ class Reader:
         return types.SimpleNamespace(content=list(f" {found}".encode()))
 
 
-def ask(model, evaluator, eval_size, split, prefix=""):
+def ask(model, evaluator, eval_size, split, *_):
     (length,) = eval_size
     ctx = EvalContext(
         lambda batch: {"loss": np.zeros((len(batch["tokens"]), length))},
@@ -59,7 +59,7 @@ def test_a_suite_says_the_effective_length_and_is_added_to_the_evaluation(tmp_pa
     request = SuiteRequest(("passkey", "induction"), (512, 1024, 2048), examples=10)
     report, arrays = evaluate.evaluate(model, evaluate.EvalRequest(suites=request))
     found = report["suites"]
-    assert [result["score"] for result in found["probes"]["passkey"]] == [100.0, 60.0, pytest.approx(20, abs=20)]
+    assert [result["score"] for result in found["probes"]["passkey"]] == [100.0, 60.0, 40.0]
     assert (
         found["suites"]["passkey"]["effective_length"] == 512
         and found["suites"]["induction"]["effective_length"] is None
