@@ -238,7 +238,7 @@ def _decode(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     static = decode.SamplingStatic(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
     functions = decode.decode_functions(trainer.model_spec.network, static, layout.MeshSharding(trainer.mesh))
     signal = trainer.compiled.signal(params, (window,))
-    draw = decode.SamplingArgs(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1), trainer.task.known_V)
+    draw = decode.Sampling(DECODED + 1).arguments(trainer.task.known_V)
     rows = trainer.config.batch_size
     put = layout.from_full_batch(
         trainer.mesh, {"lengths": np.full(rows, length, np.int32), "index": np.arange(rows, dtype=np.int32)}

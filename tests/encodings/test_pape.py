@@ -1,5 +1,6 @@
 """PaPE against the formula of its paper, written as a loop over pairs of tokens in float64."""
 
+import functools
 import math
 
 import jax
@@ -51,14 +52,15 @@ def test_attention_equals_the_paper(shape, fraction_digits, position_heads):
     encoding = own.build(ModelDims(LAYERS, WIDTH, HEADS, shape, prefix_tokens=1))
     draw, unit = np.random.default_rng(0), 10**fraction_digits
     units = np.stack([PositionGrid(unit).positions(shape), draw.integers(0, 3 * unit, (math.prod(shape), len(shape)))])
-    variables = draw_params(encoding.init(KEY, jnp.asarray(units), shape=shape), 0.5)
-    signal = encoding.apply(variables, jnp.asarray(units, jnp.int32), shape=shape)  # of two position sets
+    units_PLA = jnp.asarray(units, jnp.int32)
+    variables = draw_params(jax.eval_shape(lambda: encoding.init(KEY, units_PLA, shape=shape)), 0.5)
+    signal = jax.jit(functools.partial(encoding.apply, shape=shape))(variables, units_PLA)  # of two position sets
     sizes = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "parabolas": PARABOLAS, "causal": False}
     block = Block(TransformerConfig(**sizes))
     tokens = draw.normal(size=(4, 1 + math.prod(shape), WIDTH))
     inputs = jnp.asarray(tokens, jnp.float32), signal.at_layer(LAYER)
-    params = draw_params(block.init(KEY, *inputs), 0.5)
-    found = block.apply(params, *inputs, method="attention_weights")
+    params = draw_params(jax.eval_shape(block.init, KEY, *inputs), 0.5)
+    found = jax.jit(functools.partial(block.apply, method="attention_weights"))(params, *inputs)
     directions = np.asarray(variables["params"]["directions"][LAYER], np.float64)
     for sample in range(4):
         coordinates = [None, *(units[sample % 2] / unit)]
@@ -67,7 +69,7 @@ def test_attention_equals_the_paper(shape, fraction_digits, position_heads):
         )
         np.testing.assert_allclose(found[sample], expected, atol=1e-5)
     reference, blocks = (
-        Block(TransformerConfig(**sizes, attention_kind=kind, attention_block=block)).apply(params, *inputs)
+        jax.jit(Block(TransformerConfig(**sizes, attention_kind=kind, attention_block=block)).apply)(params, *inputs)
         for kind, block in (("reference", 0), ("blockwise", 4))
     )
     np.testing.assert_allclose(blocks, reference, atol=1e-5)

@@ -203,7 +203,7 @@ def test_work_ends_when_every_text_has(seqpe):
 
     @jax.jit
     def steps(end):
-        sampling_args = decode.SamplingArgs(KEY, 1.0, 1.0, end, True)
+        sampling_args = Sampling(NEW).arguments(True)._replace(end=end)
         tokens_BL, lengths_B = jnp.asarray([prompt, prompt]), jnp.array([len(prompt), 0])  # the second row is padding
         state = decode.prefill(
             model, params["model"], signal, tokens_BL, lengths_B, lengths_B, sampling_args, static=static
@@ -281,7 +281,7 @@ def test_a_long_prompt_needs_no_square_array(seqpe):
         length, static = 48, decode.SamplingStatic(8, True, True, False)
         signal = run.compiled.signal(params, (length + 8,))
         prefill = functools.partial(decode.prefill, run.model_spec.network, static=static)
-        sampling_args = decode.SamplingArgs(KEY, 1.0, 1.0, -1, True)
+        sampling_args = Sampling(8).arguments(True)
         arguments = (jnp.zeros((8, length), jnp.int32), jnp.ones(8, jnp.int32), jnp.zeros(8, jnp.int32), sampling_args)
         return jax.make_jaxpr(prefill)(params["model"], signal, *arguments).jaxpr
 
@@ -294,7 +294,7 @@ def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
         run, params = run_of(**fields)
         static = decode.SamplingStatic(8, True, True, False)
         signal = jax.eval_shape(lambda params: run.compiled.signal(params, (40,)), params)
-        sampling_args = decode.SamplingArgs(KEY, 1.0, 1.0, -1, True)
+        sampling_args = Sampling(8).arguments(True)
         prompts = (jnp.zeros((2, 32), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), sampling_args)
         prefill, decode_loop = (
             functools.partial(f, run.model_spec.network, static=static) for f in (decode.prefill, decode.decode_loop)

@@ -193,6 +193,20 @@ for name, (_, usual, _) in aot.GENERATIONS.items():
 
 settings = config.load("tests/tiny_text.py:seqpe", FIELDS)
 run = Trainer.of(settings, aot.topology_devices("v5e:2x2"), data_available=False)
+known = options.format_options(options.TPU_OVERLAP | options.TPU_SLICES)
+print("refused", *options.refused_options(known + ("xla_tpu_no_such=true",), run.mesh.devices.flat[0]))
+print("compiled with", *run.config.mesh.compiler_options)
+"""
+KERNELS = """
+import jax
+
+from seqpe_jax import config
+from seqpe_jax.distributed import sharding as layout
+from seqpe_jax.profiling import aot
+from seqpe_jax.training.trainer import Trainer
+
+settings = config.load("tests/tiny_text.py:seqpe", FIELDS)
+run = Trainer.of(settings, aot.topology_devices("v5e:2x2"), data_available=False)
 split = layout.batch_sharding(run.mesh)
 batch = {
     name: jax.ShapeDtypeStruct((settings.batch_size, *leaf.shape), leaf.dtype, sharding=split)
@@ -205,9 +219,6 @@ of_encoder = ["encoder" in line for line in products]
 exact = ["operand_precision={highest,highest}" in line for line in products]
 print("encoder exact", sum(of_encoder) > 3 and all(one for one, own in zip(exact, of_encoder) if own))
 print("network fast", sum(not one for one, own in zip(exact, of_encoder) if not own) > 3)
-known = options.format_options(options.TPU_OVERLAP | options.TPU_SLICES)
-print("refused", *options.refused_options(known + ("xla_tpu_no_such=true",), run.mesh.devices.flat[0]))
-print("compiled with", *run.config.mesh.compiler_options)
 """
 # Largest all-reduce over fsdp for which devices wait: of copies for shards, and of the encoder's parameters where fsdp spans
 # two sides of a slice.
@@ -281,34 +292,40 @@ FIELDS = {
 }
 
 
+def printed(script: str, libtpu: str) -> list[str]:
+    """Lines that a Python script prints in a process that finds libtpu."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if libtpu:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-c", script.replace("FIELDS", repr(FIELDS))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
 @pytest.mark.slow
 def test_devices_wait_for_no_large_sum_over_fsdp(libtpu):
     """Sums and gathers that a TPU's compiler makes all-reduces of whole arrays, where it is given all shards at once."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    if libtpu:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, "-c", WAITS], capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert max(map(int, done.stdout.split())) < 2**16, f"bytes: {done.stdout}"
+    assert max(map(int, printed(WAITS, libtpu))) < 2**16, "bytes"
 
 
 @pytest.mark.slow
-def test_slices_and_kernels_on_libtpu(libtpu):
+def test_slices_on_libtpu(libtpu):
     """What `tests/tpu_slices.py` says of every slice, by which meshes are tested where libtpu is not.
 
-    The attention kernel in a step: forward, gradient of queries, gradient of keys, of the device's own heads and queries.
-    The encoder's products are of float32 precision, the network's are not. libtpu knows the compiler options of slices.
+    libtpu knows the compiler options of slices.
     """
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    if libtpu:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-c", LIBTPU.replace("FIELDS", repr(FIELDS))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "kernels 6" in done.stdout, "three for each half of a device's queries"
-    assert "encoder exact True" in done.stdout and "network fast True" in done.stdout
-    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("refused", "compiled")))
+    lines = dict(line.split(" ", 1) for line in printed(LIBTPU, libtpu) if line.startswith(("refused", "compiled")))
     assert lines["refused"] == "xla_tpu_no_such", "libtpu knows the options of slices"
     assert lines["compiled"].split()[1:] == list(format_options(TPU_OVERLAP))
+
+
+@pytest.mark.long
+def test_kernels_on_libtpu(libtpu):
+    """The attention kernel in a step: forward, gradient of queries, gradient of keys, of the device's own heads and queries.
+
+    The encoder's products are of float32 precision, the network's are not: every day, tests/models/test_precision.py.
+    """
+    lines = printed(KERNELS, libtpu)
+    assert "kernels 6" in lines, "three for each half of a device's queries"
+    assert "encoder exact True" in lines and "network fast True" in lines

@@ -99,6 +99,7 @@ def check(found, expected):
         np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(other).max()))
 
 
+@pytest.mark.slow
 def test_a_batch_read_in_parts_is_the_batch():
     """Of one part nothing counts."""
     check(step_of("questions", 4), step_of("questions"))
