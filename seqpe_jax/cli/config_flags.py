@@ -24,11 +24,13 @@ class _TupleParser(flags.ArgumentParser):
 
     syntactic_help = "values separated by commas"
 
-    def __init__(self, texts: bool):
-        self._texts = texts
+    def __init__(self, item: Any):
+        self._item = item
 
     def parse(self, argument: str) -> tuple[Any, ...]:
-        return _texts(argument) if self._texts else _numbers(argument)
+        if typing.get_origin(self._item) is typing.Literal:
+            return _names(argument)
+        return _texts(argument) if self._item is str else _numbers(argument)
 
     def flag_type(self) -> str:
         return "list"
@@ -72,8 +74,9 @@ def _flag_of_field(name: str, kind: Any) -> flags.Flag:
     if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0]):
         return flags.Flag(_DictParser(), flags.ArgumentSerializer(), PREFIX + name, None, "")
     if typing.get_origin(kind) is tuple:
-        texts = typing.get_args(kind)[0] is str
-        return flags.MultiFlag(_TupleParser(texts), flags.ArgumentSerializer(), PREFIX + name, None, "")
+        return flags.MultiFlag(
+            _TupleParser(typing.get_args(kind)[0]), flags.ArgumentSerializer(), PREFIX + name, None, ""
+        )
     if kind is bool:
         return flags.BooleanFlag(PREFIX + name, None, "")
     parser = {int: flags.IntegerParser, float: flags.FloatParser}.get(kind, flags.ArgumentParser)()
@@ -176,7 +179,8 @@ def _format_type(field: config.FieldDoc) -> str:
     if field.choices:
         return " | ".join(field.choices)
     if typing.get_origin(field.type) is tuple:
-        return f"{typing.get_args(field.type)[0].__name__}, ..."
+        item = typing.get_args(field.type)[0]
+        return f"{' | '.join(typing.get_args(item)) or item.__name__}, ..."
     return field.type.__name__
 
 
@@ -193,6 +197,12 @@ def _numbers(argument: str) -> tuple[Any, ...]:
     except (SyntaxError, ValueError):
         value = argument
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _names(argument: str) -> tuple[str, ...]:
+    """Returns names in Python's notation for a text, tuple or list, or separated by commas."""
+    written = _texts(argument)
+    return tuple(name.strip() for name in argument.split(",")) if written == (argument,) else written
 
 
 def _texts(argument: str) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def _read_config(values: flags.FlagValues, arguments: list[str]) -> None:
 
 def check_command(page: str, words: list[str]) -> None:
     """Checks a command line: its file or module exists, so do its options, and its config is valid."""
-    if words[0] in ("bash", "sbatch", "pip", "source") or "=" in words[0]:
+    if words[0] in ("bash", "sbatch", "pip", "source", "tensorboard") or "=" in words[0]:
         words = words if words[0] == "bash" else words[words.index("bash") :] if "bash" in words else []
         if words:
             assert (ROOT / words[1]).is_file(), words

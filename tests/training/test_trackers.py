@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from seqpe_jax import config
+from seqpe_jax.cli import config_flags
 from seqpe_jax.errors import InputError
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.training import trackers
@@ -45,6 +46,9 @@ def test_a_missing_package_is_named_before_training(monkeypatch):
 
 
 def test_older_configs_open_and_names_are_checked():
+    for argument in ("wandb, mlflow", "('wandb', 'mlflow')"):
+        assert config_flags._names(argument) == ("wandb", "mlflow")
+    assert config_flags._names("()") == () and config_flags._names("wandb") == ("wandb",)
     for value, meant in ((True, ("tensorboard",)), (False, ())):
         assert config.from_dict({"report": {"tensorboard": value}}).report.trackers == meant
     for fields, message in (
