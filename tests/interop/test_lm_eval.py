@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.inference.decode import Sampling
 
 MISSING = "needs the extras lm-eval and hf-test: pip install seqpe_jax[lm-eval,hf-test]"
 torch, transformers = (pytest.importorskip(name, reason=MISSING) for name in ("torch", "transformers"))
@@ -66,8 +67,9 @@ def test_log_likelihoods_are_those_of_transformers(ours, theirs):
     found, expected = (model.loglikelihood(asked("loglikelihood", *pairs)) for model in (ours, theirs))
     np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], rtol=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    likeliest = ours.generate_until(asked("generate_until", ("the old", {"max_gen_toks": 2})))[0]
-    ((_, greedy),) = ours.loglikelihood(asked("loglikelihood", ("the old", likeliest)))
+    prompt = ours.tok_encode("the old")
+    (likeliest,) = ours._model.continuations([np.array(prompt)], Sampling(2))
+    ((_, greedy),) = ours._loglikelihood_tokens([(("the old", "..."), prompt, likeliest.tokens.tolist())])
     assert greedy
 
 
