@@ -379,7 +379,7 @@ def _json(draw: st.DrawFn, content: bytes) -> bytes:
 
 # --- Settings of other programs, and files, that are read in this process
 
-SIZES = {"vocab_size": 40, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+SIZES = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 SIZES |= {"n_layer": 2, "n_embd": 48, "n_head": 3}
 POSITIONS = {
     "PE_TYPE": "seq_pe",

@@ -629,11 +629,17 @@ def _config_of(family: Family, known: Settings, settings: Settings) -> Config:
 
 
 def rotary_columns(config: Config) -> int:
-    """Returns R, the columns of a head that rotary positions rotated; 0 = none."""
+    """Returns R, the columns of a head that rotary positions rotated; 0 = none. Raises: InputError: they are no pairs."""
     encoding, width = config.encoding, config.model.parts.head_width
     if encoding.kind != "rotary":
         return 0
-    return encoding.rotary_width(width)
+    columns = encoding.rotary_width(width)
+    if columns % 2:
+        raise InputError(
+            f"config.json: the share {encoding.rotary_share:g} of a head of width {width} rotates {columns} columns, which are "
+            "no pairs: partial_rotary_factor (rotary_pct) must give an even number"
+        )
+    return columns
 
 
 def _model_section(kind: str, draft: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from seqpe_jax.errors import InputError, format_value
-from seqpe_jax.interop import hf_images, torch_config
+from seqpe_jax.interop import hf_decoders, hf_images, torch_config
 from seqpe_jax.interop.hf import read_mapping
 from seqpe_jax.interop.settings import Field
 from tests.interop.test_hf_images import HF, TIMM
@@ -88,6 +88,15 @@ def test_types_and_ranges():
 )
 def test_settings_of_vision_transformers_come_before_their_weights(tmp_path, settings, words):
     refused(lambda: hf_images.read(tmp_path, settings), words)
+
+
+def test_a_share_of_a_head_that_rotates_half_a_pair_is_refused(tmp_path):
+    sizes = {"vocab_size": 40, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = {"model_type": "gpt_neox", "intermediate_size": 96} | sizes
+    refused(
+        lambda: hf_decoders.read(tmp_path, settings), "config.json: the share 0.25 of a head of width 12 rotates 3 col"
+    )
+    hf_decoders.read(tmp_path, settings | {"hidden_size": 64})
 
 
 @pytest.mark.parametrize(
