@@ -1,16 +1,18 @@
 """The launch files: the JobSet is one that Kubernetes takes, scripts start and end what they should, Slurm runs the job."""
 
+import copy
 import json
 import os
 import pathlib
 import re
 import runpy
+import shlex
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import time
+import tomllib
 import types
 
 import jsonschema
@@ -20,6 +22,7 @@ from kubernetes import client
 
 from seqpe_jax import config
 from tests.commands import environment
+from tests.repository.test_readme import check_command
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -32,9 +35,8 @@ VALUES = {
     "TOPOLOGY": "4x4",
     "HOSTS": "4",
     "CHIPS": "4",
-    "CLAIM": "runs",
-    "CONFIG": "configs/wikitext103_gpt2.py",
 }
+ARGUMENTS = ["--config=configs/wikitext103_gpt2.py", "--workdir=gs://runs/first", '--config.data.paths=a "b", c']
 
 
 def closed(properties: dict, *required: str) -> dict:
@@ -110,8 +112,31 @@ JOB_SET = closed(
 )
 
 
-def rendered() -> dict:
-    return yaml.safe_load(string.Template((LAUNCH / "gke_jobset.yaml").read_text()).substitute(VALUES))
+KUBECTL = """#!/usr/bin/env bash
+# A fake kubectl: it logs its arguments and what it reads.
+printf '%s\\n' "$*" >> "$SEEN"
+if [ "$1" = apply ]; then cat > "$SEEN.yaml"; fi
+"""
+
+
+def job_set(tmp_path, *arguments, without=(), **changed):
+    """Runs launch/gke_jobset.sh with a fake kubectl and returns (result, what kubectl was called with)."""
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    own = {name: value for name, value in os.environ.items() if name not in (*VALUES, "CLAIM", *without)}
+    given = {name: value for name, value in VALUES.items() if name not in without} | changed
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
+    line = ["bash", str(LAUNCH / "gke_jobset.sh"), *arguments]
+    found = subprocess.run(line, env=own | given | path, capture_output=True, text=True)
+    seen = tmp_path / "seen"
+    return found, seen.read_text().splitlines() if seen.exists() else []
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> dict:
+    found, seen = job_set(tmp_path_factory.mktemp("job"), "print", *ARGUMENTS)
+    assert found.returncode == 0 and not seen, found.stderr
+    return yaml.safe_load(found.stdout)
 
 
 def model(kind: str, values: dict):
@@ -122,41 +147,81 @@ def model(kind: str, values: dict):
     return made
 
 
-def test_the_job_set_is_valid_and_runs_the_training_command():
-    jobs = rendered()
-    jsonschema.validate(jobs, JOB_SET)
-    model("V1ObjectMeta", jobs["metadata"])
-    [slices] = jobs["spec"]["replicatedJobs"]
+def test_the_job_set_is_valid_and_runs_the_training_command(rendered):
+    jsonschema.validate(rendered, JOB_SET)
+    model("V1ObjectMeta", rendered["metadata"])
+    [slices] = rendered["spec"]["replicatedJobs"]
     job = model("V1JobTemplateSpec", slices["template"]).spec
     assert job.parallelism == job.completions == 4 and job.completion_mode == "Indexed" and job.backoff_limit == 0
     pod = job.template.spec
     [container] = pod.containers
-    assert container.command == [
-        "python",
-        "-m",
-        "seqpe_jax.train",
-        "--config=configs/wikitext103_gpt2.py",
-        "--workdir=/storage/runs/first",
-    ]
-    config.load(str(ROOT / VALUES["CONFIG"]))
+    assert container.command == ["python", "-m", "seqpe_jax.train"] and container.args == ARGUMENTS
     assert container.resources.limits == {"google.com/tpu": "4"} and pod.restart_policy == "Never"
+    assert container.resources.requests == {"google.com/tpu": "4", "cpu": "8", "memory": "32Gi"}
     assert [mount.name for mount in container.volume_mounts] == [volume.name for volume in pod.volumes]
+    assert pod.volumes[0].empty_dir is not None and pod.service_account_name == "default"
+    [toleration] = pod.tolerations
+    assert (toleration.key, toleration.effect) == ("cloud.google.com/gke-spot", "NoSchedule")
     [rule] = job.pod_failure_policy.rules
     assert rule.on_exit_codes.container_name == container.name and rule.on_exit_codes.values == [2]
 
 
-def test_a_wrong_field_would_be_found():
-    jobs = rendered()
+def test_a_wrong_field_would_be_found(rendered):
+    jobs = copy.deepcopy(rendered)
     jobs["spec"]["failurePolicy"]["maxRestart"] = 3
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(jobs, JOB_SET)
-    template = rendered()["spec"]["replicatedJobs"][0]["template"]
+    template = copy.deepcopy(rendered)["spec"]["replicatedJobs"][0]["template"]
     template["spec"]["template"]["spec"]["containers"][0]["volumeMount"] = []
     with pytest.raises(AssertionError, match="a field"):
         model("V1JobTemplateSpec", template)
     del template["spec"]["template"]["spec"]["containers"]
     with pytest.raises(ValueError):
         model("V1JobTemplateSpec", template)
+
+
+def test_the_job_set_goes_to_kubectl_and_an_unset_variable_is_an_error(tmp_path):
+    local = ["--config=configs/stdlib_lm.py", "--workdir=/storage/runs/first"]
+    found, seen = job_set(tmp_path, "apply", *local, CLAIM="runs", SERVICE_ACCOUNT="trainer", MEMORY="64Gi")
+    assert found.returncode == 0 and seen == ["apply -f -"], found.stderr
+    applied = yaml.safe_load((tmp_path / "seen.yaml").read_text())
+    pod = applied["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "runs"}
+    assert pod["serviceAccountName"] == "trainer" and pod["containers"][0]["resources"]["requests"]["memory"] == "64Gi"
+    assert {"name": "SEQPE_JAX_CACHE", "value": "/storage/cache"} in pod["containers"][0]["env"]
+    for name in VALUES:
+        found, seen = job_set(tmp_path, "apply", *ARGUMENTS, without=(name,))
+        assert found.returncode == 2 and found.stderr.startswith(f"error: {name} is not set") and len(seen) == 1
+    found, seen = job_set(tmp_path, "apply", *local)
+    assert found.returncode == 2 and "is not where all hosts can write" in found.stderr and len(seen) == 1
+    assert job_set(tmp_path, "delete")[1][1:] == ["delete jobset first"]
+    assert "--selector=jobset.sigs.k8s.io/jobset-name=first" in job_set(tmp_path, "logs")[1][2]
+
+
+def test_the_image_gets_what_the_package_is_built_from():
+    """No docker here: its instructions, the files that it copies, and that the ignored ones do not include them."""
+    lines = (LAUNCH / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    assert steps[0][0] == "FROM" and {name for name, _ in steps} <= {
+        "FROM",
+        "ARG",
+        "ENV",
+        "WORKDIR",
+        "COPY",
+        "RUN",
+        "CMD",
+    }
+    copied = [source for name, words in steps if name == "COPY" for source in words.split()[:-1]]
+    ignored = (LAUNCH / "Dockerfile.dockerignore").read_text().split()
+    assert ignored[0] == "*" and {line[1:] for line in ignored if line.startswith("!")} == set(copied)
+    assert all((ROOT / source).exists() for source in copied)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    built = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml", "requirements.txt"}
+    assert built | {"configs", "seqpe_jax"} == set(copied)
+    extras = project["project"]["optional-dependencies"]
+    [accelerator] = [words.partition("=")[2] for name, words in steps if name == "ARG"]
+    assert extras["tpu"] == [f"jax[{accelerator}]"] and extras["cuda"] == ["jax[cuda13]"]
+    assert all(f'"{extras[name][0]}"' in (LAUNCH / "Dockerfile").read_text() for name in ("gcs", "s3"))
 
 
 WORKER = """
@@ -228,7 +293,8 @@ SRUN = """#!/usr/bin/env bash
 # A fake Slurm: it logs what it is asked for; the tasks train until they are stopped, and then end with their exit code.
 printf '%s\\n' "$(basename "$0") $*" >> "$SEEN"
 case "$(basename "$0") $*" in
-  srun*) trap 'exit "$CODE"' TERM; echo $$ > "$SEEN.tasks"; if [ "$CODE" -eq 2 ]; then exit 2; fi; while true; do sleep 0.05; done ;;
+  srun*) if [ "$CODE" -eq 75 ] && [ -n "${ENDS:-}" ]; then exit 75; fi
+    trap 'exit "$CODE"' TERM; echo $$ > "$SEEN.tasks"; if [ "$CODE" -eq 2 ]; then exit 2; fi; while true; do sleep 0.05; done ;;
   scancel*) kill -TERM "$(cat "$SEEN.tasks")" ;;
 esac
 """
@@ -256,57 +322,200 @@ def test_a_job_that_is_nearly_over_saves_and_is_requeued(tmp_path, code, requeue
     assert later == stopped + ["scontrol requeue 7"] * requeued
 
 
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"SLURM_CPUS_PER_TASK": "8"}, "--cpus-per-task=8 .venv/bin/python"),
+        (
+            {"IMAGE": "a b.sif", "MOUNTS": "/data:/data"},
+            "apptainer exec --nv --bind {here},/data:/data --pwd {here} a b.sif python",
+        ),
+        (
+            {"IMAGE": "registry/seqpe"},
+            "--container-image=registry/seqpe --container-mounts={here}:{here} --container-workdir={here} python",
+        ),
+    ],
+)
+def test_slurm_tasks_get_cpus_and_containers_and_code_75_is_requeued(tmp_path, given, words):
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).write_text(SRUN)
+        (tmp_path / name).chmod(0o755)
+    seen = tmp_path / "seen"
+    own = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "IMAGE", "MODULES")}
+    path = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SEEN": str(seen),
+        "CODE": "75",
+        "ENDS": "1",
+        "SLURM_JOB_ID": "7",
+    }
+    line = ["bash", str(LAUNCH / "slurm.sbatch"), "--config=a"]
+    found = subprocess.run(line, cwd=ROOT, env=own | path | given, capture_output=True, text=True)
+    start = f"srun --label --unbuffered --wait=60 {words.format(here=ROOT)} -m seqpe_jax.train --config=a"
+    assert found.returncode == 75 and seen.read_text().splitlines() == [start, "scontrol requeue 7"], found.stderr
+    found = subprocess.run(line, cwd=ROOT, env=own | path | {"MODULES": "x"}, capture_output=True, text=True)
+    assert found.returncode == 2 and "MODULES=x: they cannot be loaded" in found.stderr
+
+
 GCLOUD = """#!/usr/bin/env bash
-# A fake gcloud: it logs its arguments; the slice is taken away in the middle of its first training.
+# A fake gcloud: it logs its arguments, refuses what the real one does not know, and runs what ssh is to run on a host of this machine.
 printf '%s\\n' "$*" >> "$SEEN"
+for word in "${@:2}"; do
+  case "$word" in
+    --zone=*|--project=*|--node-id=*|--accelerator-type=*|--runtime-version=*|--network=*|--subnetwork=*|--service-account=*) ;;
+    --spot|--reserved|--force|--quiet|--format=*|--worker=*|--command=*) ;;
+    -*) echo "unrecognized arguments: $word" >&2; exit 2 ;;
+  esac
+done
 case "$*" in
   *tpu-vm\\ scp*) cp "$5" "$SEEN.tar.gz" ;;
-  *describe*) if [ -e "$SEEN.gone" ]; then echo SUSPENDED; else echo ACTIVE; fi ;;
+  *describe*yaml*) echo "state: no capacity in z" ;;
+  *describe*)
+    if [ -n "$UNKNOWN" ]; then echo "PERMISSION_DENIED: on purpose" >&2; exit 1; fi
+    if [ -e "$SEEN.gone" ]; then echo SUSPENDED; else echo "${STATE:-ACTIVE}"; fi ;;
   *"queued-resources delete"*) rm -f "$SEEN.gone" ;;
-  *seqpe_jax.train*)
-    if [ ! -e "$SEEN.trained" ]; then touch "$SEEN.trained" "$SEEN.gone"; exit 255; fi
-    exit "${TRAINING:-0}" ;;
+  *"tpu-vm ssh"*"bash launch/setup.sh"*) ;; # what `install` does there is another test's
+  *"tpu-vm ssh"*)
+    if [ -n "$TAKEN" ] && [ ! -e "$SEEN.taken" ] && [[ "$*" == *tail* ]]; then # with all that was on it
+      touch "$SEEN.taken" "$SEEN.gone"
+      kill -KILL "$(cat "$HOME/seqpe_jax_run/pid")" 2>/dev/null; sleep 0.3; rm -rf "$HOME/seqpe_jax_run"
+    fi
+    if [ -e "$SEEN.gone" ]; then exit 255; fi
+    for word in "$@"; do case "$word" in --command=*) command=${word#--command=} ;; esac; done
+    if [ -n "$LOST" ] && [ ! -e "$SEEN.lost" ] && [[ "$command" == *tail* ]]; then
+      touch "$SEEN.lost"
+      (cd "$HOME" && bash -c "$command") | head -n 2
+      exit 255
+    fi
+    cd "$HOME" && exec bash -c "$command" ;;
 esac
 """
+# Stands for the interpreter of a host: it says three lines, of which the last comes late, and ends with the code of its turn.
+TRAINS = """#!/usr/bin/env bash
+echo "options $*"
+echo "cache ${SEQPE_JAX_CACHE:-none}"
+trap 'echo saved; exit 75' TERM
+for _ in $(seq "${TENTHS:-3}"); do sleep 0.1; done
+echo last
+turn=$(($(cat "$SEEN.turn" 2>/dev/null || echo 0) + 1))
+echo $turn > "$SEEN.turn"
+read -ra codes <<< "${CODES:-0}"
+exit "${codes[$((turn - 1))]}"
+"""
+TRAIN = ["train", "--config=configs/stdlib_lm.py", "--workdir=gs://runs/a b"]
 
 
 @pytest.fixture
 def tpu_pod(tmp_path):
-    (tmp_path / "gcloud").write_text(GCLOUD)
-    (tmp_path / "gcloud").chmod(0o755)
+    host, bin = tmp_path / "home", tmp_path / "home/seqpe_jax/.venv/bin"
+    bin.mkdir(parents=True)
+    for path, script in ((tmp_path / "gcloud", GCLOUD), (bin / "python", TRAINS)):
+        path.write_text(script)
+        path.chmod(0o755)
     given = {
         "NAME": "first",
         "ZONE": "z",
         "TYPE": "v5litepod-16",
         "VERSION": "v",
-        "SHARE": "10.0.0.2:/runs",
         "POLL": "0",
-    }
+        "HOME": str(host),
+        "SEEN": str(tmp_path / "seen"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    } | dict.fromkeys(("UNKNOWN", "LOST", "TAKEN", "SHARE", "SPOT", "PROJECT"), "")
 
     def call(*arguments, launch=LAUNCH, **changed):
+        line = ["bash", str(launch / "tpu_pod.sh"), *arguments]
+        found = subprocess.run(line, env=call.environment | changed, capture_output=True, text=True, timeout=120)
         seen = tmp_path / "seen"
-        environment = os.environ | given | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(seen)} | changed
-        found = subprocess.run(
-            ["bash", str(launch / "tpu_pod.sh"), *arguments], env=environment, capture_output=True, text=True
-        )
         return found, seen.read_text() if seen.exists() else ""
 
+    call.environment = os.environ | given
     return call
 
 
-def test_tpu_pod_goes_on_when_the_slice_is_taken_away(tpu_pod):
-    found, seen = tpu_pod("train", "--config=configs/stdlib_lm.py", "--workdir=/mnt/runs/a b", SPOT="1")
-    assert found.returncode == 0, found.stderr
-    commands = [line for line in seen.splitlines() if "seqpe_jax.train" in line]
-    assert len(commands) == 2 and commands[0] == commands[1]
-    assert commands[0].startswith("compute tpus tpu-vm ssh first --zone=z --worker=all --command=")
-    assert commands[0].endswith(r"-m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=/mnt/runs/a\ b")
-    between = seen[seen.index(commands[0]) + 1 : seen.rindex(commands[0])]
-    created = "queued-resources create first --node-id=first --zone=z --accelerator-type=v5litepod-16"
+def test_tpu_pod_shows_a_run_across_a_lost_connection_and_ends_with_its_code(tpu_pod, tmp_path):
+    found, seen = tpu_pod(*TRAIN, LOST="1", CODES="3")
+    assert found.returncode == 3, found.stdout + found.stderr
+    said = [line for line in found.stdout.splitlines() if not line.startswith("==")]
+    assert said == [
+        "options -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=gs://runs/a b",
+        "cache none",
+        "last",
+    ]
     assert (
-        between.index("queued-resources delete first") < between.index(created) < between.index("bash launch/setup.sh")
+        "the connection is lost; the run goes on" in found.stderr and "queued-resources" not in seen.partition("ssh")[0]
     )
-    assert "--spot" in between and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in between
+    assert tpu_pod("logs")[0].stdout.endswith("last\n")
+
+
+def test_tpu_pod_joins_the_run_that_is_under_way_and_stops_it(tpu_pod, tmp_path):
+    """The laptop is closed in the middle: the run goes on in a session of its own."""
+    line = ["bash", str(LAUNCH / "tpu_pod.sh"), *TRAIN]
+    given = tpu_pod.environment
+    laptop = subprocess.Popen(
+        line, env=given | {"TENTHS": "300"}, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for text in laptop.stdout:
+        if text.startswith("cache"):
+            break
+    os.killpg(laptop.pid, signal.SIGHUP)
+    laptop.wait(60)
+    pid = int((tmp_path / "home/seqpe_jax_run/pid").read_text())
+    os.kill(pid, 0)
+    other, _ = tpu_pod(*TRAIN, "--config.seed=1")
+    assert other.returncode == 2 and "another run is under way" in other.stderr
+    laptop = subprocess.Popen(line, env=given, stdout=subprocess.PIPE, text=True)
+    assert laptop.stdout.readline() and laptop.stdout.readline().startswith("options")
+    assert tpu_pod("stop")[0].returncode == 0
+    assert laptop.stdout.read().splitlines()[1:] == ["saved"] and laptop.wait(60) == 0
+
+
+def test_tpu_pod_starts_again_what_has_saved_and_asks_for_another_slice(tpu_pod):
+    found, seen = tpu_pod(*TRAIN, CODES="75 2")
+    assert (
+        found.returncode == 2 and found.stdout.count("== it has saved") == 1 and "queued-resources create" not in seen
+    )
+    found, seen = tpu_pod(*TRAIN, TAKEN="1", SPOT="1", SHARE="10.0.0.2:/runs", CODES="0 0 0", DELETE="1")
+    assert found.returncode == 0 and "was taken away: another one" in found.stdout, found.stdout + found.stderr
+    asked = seen[seen.index("queued-resources delete first") :]
+    assert asked.index("queued-resources create first --node-id=first --zone=z") < asked.index("bash launch/setup.sh")
+    assert "--spot" in asked and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in asked
+    assert (
+        asked.index("setup.sh") < asked.index("setsid") < asked.rindex("queued-resources delete first --zone=z --force")
+    )
+    assert "cache /mnt/runs/cache" in found.stdout
+
+
+def test_tpu_pod_says_why_there_is_no_slice(tpu_pod):
+    found, _ = tpu_pod("create", STATE="FAILED")
+    assert found.returncode == 1 and "error: the request for first is FAILED:\nstate: no capacity in z" in found.stderr
+    found, _ = tpu_pod("create", UNKNOWN="1")
+    assert found.returncode == 1 and found.stderr.count("PERMISSION_DENIED") == 5 and "cannot describe" in found.stderr
+    found, _ = tpu_pod("create", STATE="WAITING_FOR_RESOURCES", WAIT="0")
+    assert found.returncode == 1 and "first is WAITING_FOR_RESOURCES after 0 s; it stays in the queue" in found.stderr
+    for changed, arguments, words in (
+        ({"ZONE": ""}, ["create"], "error: ZONE is not set"),
+        ({"SPOT": "1", "RESERVED": "1"}, ["create"], "error: SPOT and RESERVED are both set"),
+        ({}, ["train", "--workdir=runs/a"], "error: --workdir=runs/a is not where all hosts can write"),
+        ({}, ["train", "--workdir=/mnt/runs/a"], "or set SHARE"),
+        ({}, ["trains"], "usage: launch/tpu_pod.sh create | train"),
+    ):
+        found, _ = tpu_pod(*arguments, **changed)
+        assert found.returncode == 2 and words in found.stderr, found.stderr
+
+
+def test_tpu_pod_passes_what_is_given_and_mounts_nothing_for_a_bucket(tpu_pod):
+    options = {"PROJECT": "p", "NETWORK": "n", "SUBNETWORK": "s", "SERVICE_ACCOUNT": "a@b", "RESERVED": "1"}
+    found, seen = tpu_pod("create", **options)
+    assert found.returncode == 0, found.stderr
+    created = next(line for line in seen.splitlines() if "queued-resources create" in line)
+    assert created == (
+        "compute tpus queued-resources create first --node-id=first --zone=z --project=p --accelerator-type=v5litepod-16 "
+        "--runtime-version=v --network=n --subnetwork=s --service-account=a@b --reserved"
+    )
+    assert all("--project=p" in line for line in seen.splitlines() if line.startswith("compute"))
+    assert "mount" not in seen and "'jax[tpu]' gcsfs" in seen
+    assert tpu_pod("status")[0].stdout == "ACTIVE\n" and tpu_pod("delete")[0].returncode == 0
 
 
 def test_tpu_pod_installs_the_checkout_as_it_stands(tpu_pod, tmp_path):
@@ -326,7 +535,7 @@ def test_tpu_pod_installs_the_checkout_as_it_stands(tpu_pod, tmp_path):
         found, seen = tpu_pod("install", launch=here / "launch")
         assert found.returncode == 0, found.stderr
         shutil.copy(tmp_path / "seen.tar.gz", host / "seqpe_jax.new.tar.gz")
-        remote = seen.rpartition("--command=")[2].partition("command -v mount.nfs")[0]
+        remote = seen.rpartition("--command=")[2].partition("command -v ~/.local/bin/uv")[0]
         subprocess.run(["bash", "-c", remote], cwd=host, check=True)
         return found.stdout, {path.name: path.read_text() for path in (host / "seqpe_jax").glob("*.*")}
 
@@ -348,14 +557,6 @@ def test_tpu_pod_installs_the_checkout_as_it_stands(tpu_pod, tmp_path):
     shutil.rmtree(here / ".git")
     found, _ = tpu_pod("install", launch=here / "launch")
     assert found.returncode == 2 and "is not a git checkout" in found.stderr
-
-
-def test_tpu_pod_ends_when_the_run_itself_fails(tpu_pod, tmp_path):
-    (tmp_path / "seen.trained").touch()
-    found, seen = tpu_pod("train", "--config=configs/stdlib_lm.py", TRAINING="2")
-    assert found.returncode == 1 and seen.count("seqpe_jax.train") == 1
-    found, _ = tpu_pod("create", ZONE="")
-    assert found.returncode == 2 and found.stderr.startswith("error: ZONE is not set")
 
 
 @pytest.mark.slow
@@ -507,3 +708,76 @@ def test_the_quickstart_knows_which_runs_are_evaluated(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             exec(line, {})
         assert ended.value.code == code
+
+
+INTERPRETER = """#!/usr/bin/env bash
+# Stands for Python on a machine with, or without, a GPU: it logs the benchmarks that it is asked for.
+if [ "$1" = - ]; then echo "device: H9"; exit "$FOUND"; fi
+printf '%q ' python "$@" >> "$SEEN"; echo >> "$SEEN"; echo "| table of $1 $2 |"
+"""
+
+
+def test_the_gpu_check_times_both_models_and_says_that_there_is_no_gpu(tmp_path):
+    (tmp_path / "python").write_text(INTERPRETER)
+    (tmp_path / "python").chmod(0o755)
+    seen = tmp_path / "seen"
+
+    def check(found, *arguments):
+        given = os.environ | {"PYTHON": str(tmp_path / "python"), "SEEN": str(seen), "FOUND": str(found)}
+        seen.write_text("")
+        command = ["bash", str(LAUNCH / "gpu_check.sh"), *arguments]
+        return subprocess.run(command, env=given, capture_output=True, text=True), seen.read_text().splitlines()
+
+    bare, lines = check(3)
+    assert bare.returncode == 2 and not lines and bare.stderr.count("\n") == 1
+    assert bare.stderr.startswith("error: JAX finds no GPU (device: H9): pip install '.[cuda]'")
+    for found, arguments, said, layers in (
+        (0, [], "device: H9\n", "12"),
+        (3, ["--smoke"], "there is no GPU; device: H9\n", "1"),
+    ):
+        done, lines = check(found, *arguments)
+        assert done.returncode == 0 and done.stdout.startswith(said) and done.stdout.count("| table") == 2, done.stderr
+        words = [shlex.split(line) for line in lines]
+        assert [line[2] for line in words] == ["seqpe_jax.benchmark"] * 2
+        assert all(f"--config.model.layers={layers}" in line for line in words)
+        for line in words:
+            check_command("launch/gpu_check.sh", line)  # with options that exist and a config that is valid
+    wrong, _ = check(0, "--help")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("usage: launch/gpu_check.sh")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_gpu_check_runs_without_a_gpu(tmp_path):
+    given = environment(tmp_path) | {"PYTHON": sys.executable, "OUTPUT": str(tmp_path / "out")}
+    command = ["bash", str(LAUNCH / "gpu_check.sh"), "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("there is no GPU; device: cpu"), done.stdout + done.stderr
+    for name, ratio in (("gpt2_smoke", "seqpe/rotary"), ("vit_smoke", "seqpe/rotary_mixed")):
+        found = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert list(found["ratios"]) == [ratio] and f"{ratio}: time" in done.stdout
+        assert [run["attention"] for run in found["runs"]] == ["reference"] * 2
+    assert "attention: seqpe reference, rotary reference" in done.stdout and "MFU, full attention" in done.stdout
+
+
+def test_the_task_of_skypilot_starts_one_process_for_each_node(tmp_path):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "resources", "num_nodes", "workdir", "envs", "setup", "run"} and task["workdir"] == "."
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+
+    def run(nodes, **given):
+        variables = {
+            "SKYPILOT_NUM_NODES": str(nodes),
+            "SKYPILOT_NODE_RANK": "1",
+            "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        }
+        own = os.environ | task["envs"] | variables | given
+        return subprocess.run(["bash", "-c", task["run"]], cwd=tmp_path, env=own, capture_output=True, text=True)
+
+    words = "-m seqpe_jax.train --config=configs/wikitext103_gpt2.py --workdir=s3://b/a"
+    assert run(1, WORKDIR="s3://b/a", ARGUMENTS="--config.seed=1").stdout == f"{words} --config.seed=1\n"
+    several = f"{words} --coordinator=10.0.0.1:9999 --num-processes=2 --process-id=1\n"
+    assert run(2, WORKDIR="s3://b/a").stdout == several
+    assert run(1).returncode == 2 and "give --env WORKDIR" in run(1).stderr

@@ -8,7 +8,7 @@ Modes: train (a step), eval (a batch; the position table is computed before), de
 Prints the median, 10th and 90th percentile of a step (of a batch; of one new token), the rate, MFU (model FLOPs over the
 device's peak, with half of causal attention and with all of it; see `models.build.model_flops`), the shortest time that the
 program could take on these devices (its roofline) and the share of it that is reached, the memory of the compiled program,
-and the time of the position encoding alone as a share. --compare names variants of the config file, each in the form that
+and the time of the position encoding alone as a share; of a training step also the attention kernel. --compare names variants of the config file, each in the form that
 it is trained in; of the --config.FIELD options each takes those that it reads. Ratios are of the first to each other one:
 medians over turns.
 """
@@ -116,6 +116,8 @@ def table(found: dict) -> str:
     lines = [
         f"{pair}: time {ratio['time']:.3f}, memory {ratio['memory']:.3f}" for pair, ratio in found["ratios"].items()
     ]
+    if any(run["attention"] for run in found["runs"]):
+        lines.append("attention: " + ", ".join(f"{run['encoding']} {run['attention']}" for run in found["runs"]))
     bound = found["runs"][0]["roofline"]
     lines.append(
         f"bound: {bound['bound']}, at {bound['peaks']['flops']:.3g} FLOP/s of a device ({bound['peaks']['source']})"

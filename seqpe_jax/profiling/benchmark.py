@@ -25,7 +25,7 @@ from seqpe_jax.inference.generate import check_generation
 from seqpe_jax.models.build import model_flops
 from seqpe_jax.profiling.hlo import HloModule
 from seqpe_jax.profiling.roofline import roofline
-from seqpe_jax.training.trainer import Trainer
+from seqpe_jax.training.trainer import Trainer, attention_backend
 
 WARM_UP = 2  # calls
 DECODED = 32  # tokens of a call in mode decode
@@ -43,6 +43,7 @@ class TimedProgram:
       mesh: mesh of the program.
       turns: iterations of its loop, where the program's text does not have them.
       encoding: function that executes the position encoding alone; None where it computes nothing.
+      attention: name of the attention backend of a training step; "" in other modes.
     """
 
     call: Callable[[], Any]
@@ -52,6 +53,7 @@ class TimedProgram:
     mesh: jax.sharding.Mesh
     turns: int = 1
     encoding: Callable[[], Any] | None = None
+    attention: str = ""
 
     @property
     def bytes(self) -> int:
@@ -87,7 +89,7 @@ def benchmark(
 
     Returns:
       {"device", "runs": [one of each config], "ratios": {"first/other": {"time", "memory"}}}. A run has
-      - "encoding" (its name), "mode", "length" or "size", "batch";
+      - "encoding" (its name), "mode", "length" or "size", "batch", "attention" (backend of a training step, else "");
       - "median_s", "p10_s", "p90_s": of a step, an evaluated batch, or one new token of every sample;
       - "per_second": tokens or images; "mfu" and "mfu_full_attention" (`models.build.model_flops`; None on an unknown device);
       - "peak_bytes"; "encoding_share": of the time; None where the encoding computes nothing of its own;
@@ -146,6 +148,7 @@ def _run(
         "mode": mode,
         **({"size": list(config.data.size)} if config.is_image else {"length": config.data.length}),
         "batch": config.batch_size,
+        "attention": program.attention,
         "median_s": median / new_tokens,
         "p10_s": float(np.quantile(times, 0.1)) / new_tokens,
         "p90_s": float(np.quantile(times, 0.9)) / new_tokens,
@@ -192,8 +195,9 @@ def _timed_program(trainer: Trainer, mode: str) -> TimedProgram:
     call, compiled = make(trainer)
     turns = DECODED if mode == "decode" else 1
     units = config.batch_size * (1 if config.is_image else DECODED if mode == "decode" else config.grid[0])
+    attention = attention_backend(config, trainer.model_spec, trainer.mesh) if mode == "train" else ""
     return TimedProgram(
-        call, units, flops_per_call(trainer, mode), compiled, trainer.mesh, turns, _encoding(trainer, mode)
+        call, units, flops_per_call(trainer, mode), compiled, trainer.mesh, turns, _encoding(trainer, mode), attention
     )
 
 

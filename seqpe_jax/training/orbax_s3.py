@@ -44,7 +44,7 @@ def enable() -> None:
     """Lets Orbax read and write arrays at s3://, in this process.
 
     Raises:
-      InputError: the installed Orbax makes TensorStore's arguments elsewhere.
+      InputError: the installed Orbax makes TensorStore's arguments in another function.
     """
     try:
         module = importlib.import_module(MODULE)

@@ -86,7 +86,7 @@ class Trainer:
         task = task_class(config)(config, data_available, run_dir)
         model_spec = ModelSpec.of(config, task.data_spec)
         train_loss = TrainLoss(model_spec, task.task_loss, config.objective, config.precision.random_bits)
-        _check_attention(config, model_spec, layout.MeshSharding(mesh))
+        attention_backend(config, model_spec, mesh)
         optimizers.check_selected_params(config.optimizer, model_spec.shapes)
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
         init_fn = _make_init_fn(model_spec, optimizer, config.seed)
@@ -299,8 +299,13 @@ def _with_compiler_options(config: Config, mesh: jax.sharding.Mesh, params: Para
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, compiler_options=options)), note
 
 
-def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.MeshSharding) -> None:
-    """Raises InputError if the attention backend cannot serve the config; called before anything is compiled."""
+def attention_backend(config: Config, model_spec: ModelSpec, mesh: jax.sharding.Mesh) -> str:
+    """Returns the name of the attention backend of a training step; compiles nothing.
+
+    Raises:
+      InputError: the backend that the config asks for cannot serve it.
+    """
+    sharding = layout.MeshSharding(mesh)
     model, tokens = config.model, model_spec.prefix_tokens + model_spec.num_positions
     network, dtype = model_spec.network.config, jnp.dtype(config.precision.compute)
     shape, kv_shape = (
@@ -333,7 +338,7 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
         window=network.window,
         cap=network.attention_cap,
     )
-    make_plan(
+    plan = make_plan(
         inputs,
         kind=model.attention_kind,
         block=model.attention_block,
@@ -343,3 +348,4 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
         context_axes=sharding.mesh_axes(axes.LENGTH),
         shards=(sharding.shards(axes.LENGTH), sharding.shards(axes.BATCH), sharding.shards(axes.HEADS)),
     )
+    return plan.backend.name

@@ -37,7 +37,7 @@ PREPARED = {
 
 def runs_here(words: list[str]) -> bool:
     """Returns whether a command line needs one machine alone, without a bucket or Slurm."""
-    remote = ("gs://", "slurm", "--coordinator")
+    remote = ("gs://", "s3://", "slurm", "--coordinator")
     return words[:2] == ["python", "-m"] and not any(part in word for part in remote for word in words)
 
 

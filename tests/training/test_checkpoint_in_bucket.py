@@ -213,7 +213,7 @@ def test_errors_of_arrays_after_a_failed_save_are_not_printed(tmp_path, monkeypa
     assert sys.unraisablehook is before
 
 
-def test_an_orbax_that_makes_its_arguments_elsewhere_is_refused_for_s3_alone(tmp_path, monkeypatch):
+def test_an_orbax_that_makes_its_arguments_in_another_function_is_refused_for_s3_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(orbax_s3, "FUNCTION", "gone")
     orbax_s3.enable.cache_clear()
     with pytest.raises(InputError, match="cannot be saved to s3:// with orbax-checkpoint .*give gs://BUCKET/NAME"):
