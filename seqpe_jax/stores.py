@@ -1,4 +1,4 @@
-"""What differs between object stores: Google Cloud Storage (gs://) and S3 with all stores that speak its protocol (s3://).
+"""The differences of object stores: Google Cloud Storage (gs://) and S3 with all stores that speak its protocol (s3://).
 
 `buckets` has the paths, which are alike. Settings come from the places where the libraries look for them: for s3:// these are
 AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, AWS_ACCESS_KEY_ID and so on, ~/.aws, and the role of the machine.
