@@ -778,6 +778,6 @@ def test_the_task_of_skypilot_starts_one_process_for_each_node(tmp_path):
 
     words = "-m seqpe_jax.train --config=configs/wikitext103_gpt2.py --workdir=s3://b/a"
     assert run(1, WORKDIR="s3://b/a", ARGUMENTS="--config.seed=1").stdout == f"{words} --config.seed=1\n"
-    several = f"{words} --coordinator=10.0.0.1:9999 --num-processes=2 --process-id=1\n"
-    assert run(2, WORKDIR="s3://b/a").stdout == several
+    on_many = f"{words} --coordinator=10.0.0.1:9999 --num-processes=2 --process-id=1\n"
+    assert run(2, WORKDIR="s3://b/a").stdout == on_many
     assert run(1).returncode == 2 and "give --env WORKDIR" in run(1).stderr

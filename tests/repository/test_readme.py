@@ -51,6 +51,8 @@ def options(module: pathlib.Path) -> set[str]:
     }
     if "define_process_flags" in names:
         own |= set(PROCESS_FLAGS)
+    if "define_weights_choice" in names:
+        own.add("weights")
     if "define_checkpoint_choice" in names:
         own.add("which")
     return own | ({"config"} if names & {"define_config", "define_mesh_flags"} else set())
