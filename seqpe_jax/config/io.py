@@ -651,9 +651,11 @@ def _check_fields_used(config: Config) -> None:
     for line in difference(to_dict(reset_unused(config)), to_dict(config)):
         (name, _, values), value = line.partition(": "), line.rpartition(" -> ")[2]
         if of.get(name) and config.data_kind not in of[name]:
+            *others, last = of[name]
+            kinds = f"{', '.join(others)} and {last}" if others else last
             raise InputError(
                 f"{name}={value} is not read by runs on {config.data_kind} (data.name='{config.data.name}'), only by those "
-                f"on {' and '.join(of[name])}: leave it at {values.partition(' -> ')[0] or repr('')}"
+                f"on {kinds}: leave it at {values.partition(' -> ')[0] or repr('')}"
             )
         if not name.startswith("encoding."):
             with_vectors = [kind for kind, encoding in ENCODINGS.items() if encoding.HAS_VECTORS]
