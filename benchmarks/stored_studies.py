@@ -26,7 +26,7 @@ MEASURED = ("bits_per_byte", "contains", "exact_match", "exact_match_strict", "f
 @functools.cache
 def planned_studies() -> tuple[str, ...]:
     """Returns the names of the studies whose results file has a plan."""
-    files = sorted(STORED.glob("study_*.json"))
+    files = sorted([*STORED.glob("study_*.json"), *STORED.glob("extend_context.json")])
     return tuple(path.stem for path in files if read_results(path).plan)
 
 
