@@ -28,7 +28,7 @@ TINY = {
     "optimizer.warmup_steps": 0,
     "eval.lengths": (6, 9),
     "eval.examples": 12,
-    "report.tensorboard": False,
+    "report.trackers": (),
 }
 
 
