@@ -24,7 +24,7 @@ class FewExamples(loader.EvalBatches):
         super().__init__(source, batch_size, min(count, 8), *rest, **named)
 
 
-def _run_there(main):
+def _run_there(main, reads_checkpoints=False):
     os.chdir(os.environ[FOLDER])
     _run(main)
 

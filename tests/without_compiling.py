@@ -32,7 +32,7 @@ def _stop(*_, **__):
     roll_call.exit_process(0)
 
 
-def _run_there(main):
+def _run_there(main, reads_checkpoints=False):
     os.chdir(os.environ[FOLDER])
     _run(main)
 

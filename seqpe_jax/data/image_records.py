@@ -87,6 +87,7 @@ def prepared_images(path: str | os.PathLike, name: str, split: str, bit_depth: i
         channels=facts["channels"],
         mean=tuple(facts["mean"]),
         std=tuple(facts["std"]),
+        images_by_class=tuple(facts.get("images_by_class", ())),  # older indices have none
         fingerprint=facts["fingerprint"],
         records=ImageRecords(found),
         decode=registry.load_builder(name, registry.DATA_IMAGE).decoder(bit_depth, **limits),

@@ -422,6 +422,7 @@ def prepare_images(
                 "channels": source.channels,
                 "mean": list(source.mean),
                 "std": list(source.std),
+                "images_by_class": list(source.images_by_class),
                 "shards": [dataclasses.asdict(shard) for shard in written],
             }
         shards.write_index(folder, plan | {"paths": list(paths), "splits": splits})

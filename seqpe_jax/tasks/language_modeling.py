@@ -202,7 +202,7 @@ class LanguageModeling(Task):
         else:
             lines.append("no EOS token: documents are concatenated, and generation continues to its limit")
         if self.task_loss.documents is not None:
-            positions = "begin anew in each" if config.data.reset_positions else "go on"
+            positions = "begin anew in each" if config.data.reset_positions else "continue"
             lines.append(
                 f"{source.documents:,} document{'' if source.documents == 1 else 's'}: attention stays inside, positions "
                 f"{positions}, and no first token is predicted"

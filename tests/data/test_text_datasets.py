@@ -138,11 +138,11 @@ def test_names_need_not_be_utf8(tmp_path):
 
 def test_what_is_no_file_is_refused_by_all_builders(tmp_path):
     os.mkfifo(tmp_path / "train-1.json")
-    with pytest.raises(InputError, match="'.*train-1.json' is a pipe, but a file is expected"):
+    with pytest.raises(InputError, match="no file of data .*; skipped: pipes, .*: 1 .*train-1.json"):
         SquadLong.sources((str(tmp_path),))
     (tmp_path / "train-1.json").unlink()
     (tmp_path / "train-1.json").symlink_to("nowhere")
-    with pytest.raises(InputError, match="cannot read '.*train-1.json' .No such file"):
+    with pytest.raises(InputError, match="no file of data .*; skipped: .*links.*: 1 .*train-1.json"):
         SquadLong.sources((str(tmp_path),))
 
 

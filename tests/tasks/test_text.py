@@ -148,7 +148,7 @@ def context_of(losses, batch=4):
 def text_of(monkeypatch, tokens, **fields):
     """The task of a split of these tokens."""
     source = types.SimpleNamespace(tokens=tokens, bytes=len(tokens), words=len(tokens) // 5)
-    monkeypatch.setattr(LanguageModeling, "source", lambda self, split: source)
+    monkeypatch.setattr(LanguageModeling, "sources", lambda self, split: {"": source})
     return LanguageModeling(tiny_config(variant="rotary", **fields))
 
 

@@ -73,16 +73,18 @@ def _files(paths: tuple[str, ...]) -> list[tuple[str, pathlib.Path]]:
         return [("whole", path)]
     if not path.is_dir():
         raise InputError(f"data.paths: '{path}' does not exist; {SQUAD_USAGE}")
-    files = [pathlib.Path(file) for file in resolve_paths([str(path)]).files if DATA_FILE.fullmatch(file)]
+    resolved = resolve_paths([str(path)])
+    files = [pathlib.Path(file) for file in resolved.files if DATA_FILE.fullmatch(file)]
     named = [(split_of_name(os.path.relpath(file, path)), file) for file in files]
     if len(files) == 1 and named[0][0] in (None, "train"):
         return [("whole", files[0])]
     found = [(split, file) for split, file in named if split is not None]
     splits = {split for split, _ in found}
     if "train" not in splits:
+        skipped = f"; skipped: {resolved.skipped}" if str(resolved.skipped) else ""
         raise InputError(
             f"data.paths: folder '{path}' holds no file of data whose name says 'train', such as train-v1.1.json or "
-            f"train.parquet; {SQUAD_USAGE}"
+            f"train.parquet{skipped}; {SQUAD_USAGE}"
         )
     if splits == {"train"}:
         return [("whole", file) for _, file in found]
