@@ -353,12 +353,22 @@ class MeshSharding:
             return self._constrain(array, forward)
 
         def constrain_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-            last = gradient.ndim - 1
-            # A TPU's compiler makes no reduce-scatter along the last dimension of a bfloat16 array.
-            if last > 0 and backward[last]:
-                moved = PartitionSpec(backward[last], *backward[:last])
-                gradient = jnp.moveaxis(self._constrain(jnp.moveaxis(gradient, last, 0), moved), 0, last)
-            return (self._constrain(gradient, backward),)
+            shape, last = gradient.shape, gradient.ndim - 1
+            moves = last > 0 and backward[last] is not None
+            spec = PartitionSpec(backward[last], *backward[:last]) if moves else backward
+            if moves:
+                gradient = jnp.moveaxis(gradient, last, 0)
+            # A TPU's compiler makes no reduce-scatter along the last dimension of a bfloat16 array, nor of heads whose width
+            # is no multiple of its lanes, which are one dimension with their width here.
+            if last > 1 and spec[last] is None:
+                moved = gradient.shape
+                gradient = gradient.reshape(*moved[:-2], -1)
+                gradient = self._constrain(gradient, PartitionSpec(*spec[:last])).reshape(moved)
+            else:
+                gradient = self._constrain(gradient, spec)
+            if moves:
+                gradient = jnp.moveaxis(gradient, 0, last)
+            return (self._constrain(gradient.reshape(shape), backward),)
 
         relayout.defvjp(lambda array: (self._constrain(array, forward), None), constrain_gradient)
         return relayout(array)
