@@ -4,7 +4,7 @@
 #   bash launch/tpu_pod.sh create
 #   bash launch/tpu_pod.sh train --config=configs/wikitext103_gpt2.py --workdir=gs://BUCKET/wt103
 #   bash launch/tpu_pod.sh delete
-# train     starts the run on every host, detached, and shows the log of the first. If this machine or ssh ends, the run goes on: the
+# train     starts the run on every host, detached, and shows the log of the first. If this machine or ssh ends, the run continues: the
 #           same command shows it again. It ends with the run's exit code; after 75 (saved) it starts the run again, and when a
 #           spot slice is taken away it asks for another one, at most RESTARTS (50) times together.
 # logs      the last lines of host WORKER (0); stop: save and end; status: what gcloud says of the request.
@@ -121,7 +121,7 @@ check_workdir() {
   return 2
 }
 
-# Starts the run on every host, in a session of its own, which no connection can end; one that is under way goes on.
+# Starts the run on every host, in a session of its own, which no connection can end; one that is under way continues.
 start() {
   local arguments command shown
   arguments=$(printf ' %q' "$@")
@@ -156,10 +156,10 @@ follow() {
     if now=$(state) && [ "$now" != ACTIVE ]; then return $taken_away; fi
     failures=$((failures + 1))
     if [ $failures -ge 20 ]; then
-      echo "error: no connection to $NAME (above). The run goes on; the same command shows it again" >&2
+      echo "error: no connection to $NAME (above). The run continues; the same command shows it again" >&2
       return 1
     fi
-    echo "== the connection is lost; the run goes on: connecting again" >&2
+    echo "== the connection is lost; the run continues: connecting again" >&2
     sleep "${POLL:-30}"
   done
 }
@@ -171,7 +171,7 @@ train() {
     start "$@"
     code=$?
     if [ $code -eq 0 ]; then
-      echo "== $NAME trains; it goes on if this command ends"
+      echo "== $NAME trains; it continues if this command ends"
       follow
       code=$?
     elif [ $code -ne 2 ] && [ "$(state)" != ACTIVE ]; then

@@ -148,10 +148,14 @@ def test_an_interrupt_that_became_another_error_is_one():
 
 
 def test_what_is_missing_is_named_and_long_messages_are_cut():
-    words = [sys.executable, "-m", "seqpe_jax.evaluate"]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert result.stderr.startswith("error: --checkpoint is missing: workdir of a run")
+    for words, said in (
+        (["evaluate"], "error: --checkpoint is missing: workdir of a run"),
+        (["predict", "--checkpoint=run"], "error: --images is missing: image files"),
+    ):
+        command = [sys.executable, "-m", f"seqpe_jax.{words[0]}", *words[1:]]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert result.stderr.startswith(said)
     short, long = common._one_line("a\nb \udcff"), common._one_line("no such file: " + "long/" * 2000 + " and so on")
     assert short == "a b \\udcff" and len(long) < 2100 and long.startswith("no such") and long.endswith("and so on")
 

@@ -443,13 +443,14 @@ def test_tpu_pod_shows_a_run_across_a_lost_connection_and_ends_with_its_code(tpu
         "last",
     ]
     assert (
-        "the connection is lost; the run goes on" in found.stderr and "queued-resources" not in seen.partition("ssh")[0]
+        "the connection is lost; the run continues" in found.stderr
+        and "queued-resources" not in seen.partition("ssh")[0]
     )
     assert tpu_pod("logs")[0].stdout.endswith("last\n")
 
 
 def test_tpu_pod_joins_the_run_that_is_under_way_and_stops_it(tpu_pod, tmp_path):
-    """The laptop is closed in the middle: the run goes on in a session of its own."""
+    """The laptop is closed in the middle: the run continues in a session of its own."""
     line = ["bash", str(LAUNCH / "tpu_pod.sh"), *TRAIN]
     given = tpu_pod.environment
     laptop = subprocess.Popen(

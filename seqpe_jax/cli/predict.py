@@ -20,7 +20,7 @@ _CHECKPOINT = common.define_path(
     "checkpoint", "workdir of a run on images, an export, or a folder of a Hugging Face vision transformer"
 )
 _WHICH = common.define_checkpoint_choice()
-_IMAGES = flags.DEFINE_list("images", [], "image files, folders or globs, e.g. photo.jpg,holidays")
+_IMAGES = flags.DEFINE_list("images", None, "image files, folders or globs, e.g. photo.jpg,holidays")
 _SIZE = flags.DEFINE_string(
     "size", None, "size that images are read at, e.g. 224 or 384x512 (default: that of training)"
 )

@@ -111,7 +111,7 @@ class Mixture:
     """Endless examples of several sources, drawn by weight: the example of a number is a function of seed and number alone.
 
     Of each `MIXTURE_BLOCK` examples every source has its share, in random places. A source gives each of its examples once per
-    epoch, each epoch in another order. After a change of weights each source goes on where it is.
+    epoch, each epoch in another order. After a change of weights each source continues where it is.
 
     Args:
       sources: random access, by name.
@@ -421,7 +421,7 @@ def context_windows(
       document_end: as in `ScoredWindows`.
 
     Returns:
-      Batches as of `eval_windows`.
+      Batches, see `eval_windows`.
     """
     source = ScoredWindows(tokens, context, ends, np.full(len(ends), stride), document_end)
     return EvalBatches(source, batch_size, len(source))

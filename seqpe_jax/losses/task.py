@@ -64,7 +64,7 @@ class Documents:
 
     Attributes:
       end: id of the token that ends a document.
-      reset_fields: fields of the position signal that begin anew in each document; () = positions go on.
+      reset_fields: fields of the position signal that begin anew in each document; () = positions continue.
     """
 
     end: int

@@ -207,7 +207,7 @@ def random_positions(
       position_resolution: least distance of neighboring positions.
 
     Raises:
-      InputError: as of `pose_skip`.
+      InputError: see `pose_skip`.
     """
     _free_range(shape, position_range, position_resolution)
     if position_range > max_position:

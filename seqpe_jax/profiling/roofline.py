@@ -1,6 +1,6 @@
 """Roofline: the least time that a compiled program can take on its devices, from peak FLOPs, bandwidth and link rates.
 
-Arithmetic and memory can be busy at the same time, and links as well with collectives that go on in the background; a device
+Arithmetic and memory can be busy at the same time, and links as well with collectives that run in the background; a device
 waits for the other collectives, whose time is added. The counts are those of the program, not of the model: they include
 layers that are recomputed, and arrays that are written and read again. A real step also waits for units that a small product
 does not fill, for the host, and for a collective in the background that nothing is left to hide.

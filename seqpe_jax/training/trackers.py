@@ -226,7 +226,7 @@ class MLflow(Deferred):
     Args:
       run: folder of the run, or None for the current one, where that is in a bucket.
       name: name of the run.
-      identity: as of `WandB`.
+      identity: see `WandB`.
 
     Attributes:
       identity: what the next start continues.
