@@ -615,6 +615,11 @@ def _config_of(family: Family, known: Settings, settings: Settings) -> Config:
     draft: dict[str, Any] = {"dropout": 0.0, "embedding_dropout": 0.0}
     for part in family.parts:
         draft |= part.read(known)
+    if not draft.get("head_width") and draft["width"] < draft["heads"]:
+        raise InputError(
+            f"config.json: {draft['heads']} heads share a width of {draft['width']}, which leaves none for a head: the width "
+            "must be a multiple of the number of heads"
+        )
     length, rope_layers = draft.pop("data.length"), draft.pop("rope_layers", ())
     model = _model_section(family.kind, draft)
     kind, encoding = family.encodings[0], {}
