@@ -56,7 +56,7 @@ ROWS = {
     "llama_1b, v5e:16x16": Row("llama_1b.py", "v5e:16x16", LLAMA_VOCABULARY),
     "llama_1b, v5p:4x4x4": Row("llama_1b.py", "v5p:4x4x4", LLAMA_VOCABULARY),
     "llama_8b, v5e:16x16": Row("llama_8b.py", "v5e:16x16", LLAMA_VOCABULARY),
-    "llama_8b, v5p:4x4x4": Row("llama_8b.py", "v5p:4x4x4", LLAMA_VOCABULARY | {"mesh.fsdp": "64"}),
+    "llama_8b, v5p:4x4x4": Row("llama_8b.py", "v5p:4x4x4", LLAMA_VOCABULARY | {"mesh.fsdp": "16"}),
     "lm_8b, v5e:16x16": Row("lm_8b.py", "v5e:16x16", LLAMA_VOCABULARY),
     "lm_8b, v5p:8x8x4": Row("lm_8b.py", "v5p:8x8x4", LLAMA_VOCABULARY),
     "ViT-B/16, v5e:4x4": Row("imagenet_vit.py:b16", "v5e:4x4"),

@@ -220,17 +220,18 @@ exact = ["operand_precision={highest,highest}" in line for line in products]
 print("encoder exact", sum(of_encoder) > 3 and all(one for one, own in zip(exact, of_encoder) if own))
 print("network fast", sum(not one for one, own in zip(exact, of_encoder) if not own) > 3)
 """
-# Largest all-reduce over fsdp for which devices wait: of copies for shards, and of the encoder's parameters where fsdp spans
-# two sides of a slice.
+# Largest all-reduce over fsdp for which devices wait: of copies for shards, of a kernel with heads narrower than a TPU's lanes,
+# and of the encoder's parameters where fsdp spans two sides of a slice.
 WAITS = """
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from seqpe_jax.axes import BATCH, ENCODER_ROWS, HEADS, LENGTH, use_sharding
+from seqpe_jax.axes import BATCH, ENCODER_ROWS, HEADS, LENGTH, WIDTH, use_sharding
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.distributed.hardware import find_chip
 from seqpe_jax.encodings.seqpe import QKMap
+from seqpe_jax.models.transformer import Linear
 from seqpe_jax.profiling import aot
 from seqpe_jax.profiling.collectives import collectives
 from seqpe_jax.profiling.hlo import HloModule
@@ -255,6 +256,15 @@ def loss(field, x):
 
 field = abstract(mesh, (1, 2048, 16, 16), None, ("context", "fsdp", "data"))
 print(largest(mesh, jax.grad(loss), field, abstract(mesh, (256, 1, 1, 1), layout.BATCH_AXES)))
+
+queries = Linear((0, 32, 64), (WIDTH, HEADS, None), jnp.bfloat16, jax.nn.initializers.zeros, bias_init=None)
+
+def total(kernel, x):
+    with use_sharding(layout.MeshSharding(mesh)):
+        return jnp.sin(queries.apply({"params": {"kernel": kernel}}, x)).astype(jnp.float32).sum()
+
+kernel, x = abstract(mesh, (2048, 32, 64), "fsdp"), abstract(mesh, (256, 4096, 2048), layout.BATCH_AXES)
+print(largest(mesh, jax.grad(total), kernel, x))
 
 mesh = layout.make_mesh(1, 16, devices=aot.topology_devices("v5e:4x4"))
 encode = lambda rows, params: jnp.sin(rows @ params["encoder"]["block_0"]["mlp_in"]["kernel"])
