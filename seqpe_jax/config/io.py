@@ -716,6 +716,10 @@ def unknown_field_message(name: str, also: Iterable[str] = ()) -> str:
     """
     if name in RENAMED:
         return f"unknown config field '{name}': it is called '{RENAMED[name]}' now."
+    inside = [field for field in field_names() if field.startswith(f"{name}.")]
+    if inside:
+        field = f"{name}.kind" if f"{name}.kind" in inside else inside[0]
+        return f"'{name}' is a section of the config: set one of its fields, such as {field}"
     return f"unknown config field '{name}'.{suggest(name, [*field_names(), *also])}"
 
 
