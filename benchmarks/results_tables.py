@@ -149,8 +149,9 @@ def _progress(study: Study) -> str:
     if not missing:
         return ""
     done = sum(run.evaluated for run in study.runs), sum(run.state == "finished" for run in study.tuning_runs)
-    words = f"The fair study is not finished: {done[0]} runs and {done[1]} trials so far. Rows with missing runs: "
-    words += f"{', '.join(missing)}."
+    words = f"The fair study is not finished: {done[0]} runs and {done[1]} trials so far."
+    if set(missing) < {*study.rows, *study.not_begun}:
+        words += f" Rows with missing runs: {', '.join(missing)}."
     best: dict[str, tuple[float, str, int]] = {}
     for row in study.rows:
         trials = next(iter(study.sweep_trials[study.runs_of(row)[0].name]["best"].values()), None)
