@@ -15,7 +15,6 @@ import re
 import sys
 import tempfile
 import time
-import types
 
 import numpy as np
 from PIL import Image
@@ -24,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from seqpe_jax import config  # noqa: E402
+from seqpe_jax.config.schema import DataConfig  # noqa: E402
 from seqpe_jax.data import images, prepare  # noqa: E402
 
 PAGE, CONFIG = ROOT / "docs" / "data.md", str(ROOT / "configs" / "imagenet_vit.py")
@@ -55,13 +55,7 @@ def source_of(folder: pathlib.Path) -> images.ImageSource:
         path = folder / "photos" / "train" / f"class{seed % 2}" / f"{seed}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg(seed))
-    settings = types.SimpleNamespace(
-        name="image_folder",
-        paths=(str(folder / "photos"),),
-        bit_depth=0,
-        cache_dir=str(folder / "cache"),
-        prepared="",
-    )
+    settings = DataConfig(name="image_folder", paths=(str(folder / "photos"),), cache_dir=str(folder / "cache"))
     prepare.prepare(settings, folder / "prepared", progress=False)
     return images.image_source(
         "image_folder", split="train", paths=settings.paths, prepared=str(folder / "prepared"), progress=False

@@ -10,6 +10,10 @@ results is taken. A name may be FIRST+SECOND, with the rows of both.
 - `<!-- parts: STUDIES -->`: the parts, learning rates and constants that trials chose.
 - `<!-- significance: STUDIES METRIC [labels]; ... -->`: for each length or size, or for those named, the row with the best mean,
   those that are significantly worse, those that tie with it, in the order of their means, and those that are not tested.
+- `<!-- tasks: STUDY FIRST-LAST -->`: of a study of algorithmic tasks, a line for each encoding, a column for each task: right
+  outputs in percent, the mean over input lengths FIRST to LAST, and how many runs are left.
+- `<!-- suites: NAME -->`: docs/results/NAME.json, the probes of `evaluate --suite` by length, which `results.py --suites` stores.
+- `<!-- published: NAME -->`: figures of others in docs/results/published.json, with the table that they were read in.
 - `<!-- headline: STUDIES METRIC ROWS -->`: the plot of the study, the outcome for rows against the strongest other encoding,
   and how far a study has come that is not finished.
 """
@@ -24,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from results_plots import ROWS
 from stored_studies import ROOT, STORED, WORK, first_stored, is_stored, metric_of, planned_studies, study_of, title
 
+from seqpe_jax.config import encoding_name
 from seqpe_jax.reporting import tables
 from seqpe_jax.reporting.significance import (
     Comparison,
@@ -36,7 +41,8 @@ from seqpe_jax.reporting.study import Study, last_measured
 from seqpe_jax.reporting.tuning_table import tuning_tables
 
 MARK = re.compile(
-    r"(<!-- (results|contexts|parts|significance|headline): ([^>]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL
+    r"(<!-- (results|contexts|parts|significance|tasks|suites|published|headline): ([^>]+) -->\n).*?(<!-- end of \2 -->)",
+    re.DOTALL,
 )
 TASKS = {
     "study_text_fair": "text",
@@ -93,6 +99,91 @@ def parts_table(name: str) -> str:
     study = study_of(name)
     found = tuning_tables(study)[-1]
     return f"{tables.markdown(found)}\n{tables.escape(found.note)}\n\n{_progress(study)}"
+
+
+def tasks_table(name: str, lengths: str) -> str:
+    """Returns the markdown table of a study of algorithmic tasks.
+
+    Args:
+      name: study.
+      lengths: "FIRST-LAST", the input lengths whose mean is shown; each result has those above the one before it.
+    """
+    first, last = map(int, lengths.split("-"))
+    if name not in planned_studies():
+        return "No run has been evaluated yet.\n"
+    study = study_of(name)
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for run in (run for run in study.runs if run.evaluated):
+        settings = run.config
+        kind = encoding_name(settings["encoding"]["kind"], settings["encoding"].get("gate", "none"))
+        positions = "random" if settings["eval"]["positions"] == "random" else "counted"
+        found.setdefault((kind, positions), {})[settings["data"]["task"]] = mean_over_lengths(run.results, first, last)
+    if not found:
+        return "No run has been evaluated yet.\n"
+    names = list(dict.fromkeys(task for own in found.values() for task in own))
+    best = {task: max(own[task] for own in found.values() if task in own) for task in names}
+    rows = [
+        [*map(tables.Cell, key), *(_percent_cell(own.get(task), best[task]) for task in names)]
+        for key, own in found.items()
+    ]
+    done, planned = sum(map(len, found.values())), len(study.runs) + len(study.not_begun)
+    left = f"\n{done} of {planned} runs.\n" if done < planned else ""
+    return tables.markdown(tables.Table("", ["encoding", "positions", *names], rows, words=(0, 1))) + left
+
+
+def mean_over_lengths(results: list[dict], first: int, last: int) -> float:
+    """Returns the mean accuracy over input lengths; each result is the mean over those above the one before it."""
+    ordered = sorted(results, key=lambda result: result["length"])
+    weights, before = [], 0
+    for result in ordered:
+        weights.append(result["length"] - before if first <= before + 1 and result["length"] <= last else 0)
+        before = result["length"]
+    if sum(weights) != last - first + 1:
+        raise ValueError(f"lengths {first} to {last} are not those of {[result['length'] for result in ordered]}")
+    return sum(weight * result["accuracy"] for weight, result in zip(weights, ordered, strict=True)) / sum(weights)
+
+
+def _percent_cell(value: float | None, best: float) -> tables.Cell:
+    """A percentage, and whether it is the best of its column."""
+    if value is None:
+        return tables.Cell(tables.MISSING)
+    return tables.Cell(f"{value:.1f}", value, best=f"{value:.1f}" == f"{best:.1f}")
+
+
+def suites_table(name: str) -> str:
+    """Returns the markdown table of stored probes: the score by length, and the effective length of each suite."""
+    path = STORED / f"{name}.json"
+    if not path.exists():
+        return "No model has been asked yet.\n"
+    suites = json.loads(path.read_text())["suites"]
+    lengths = sorted({result["length"] for own in suites["probes"].values() for result in own})
+    rows = []
+    for probe, own in suites["probes"].items():
+        scores = {result["length"]: f"{result['score']:.0f}" for result in own}
+        rows.append([probe, *(scores.get(length, tables.MISSING) for length in lengths)])
+    effective = {suite: own["effective_length"] or f"below {lengths[0]}" for suite, own in suites["suites"].items()}
+    said = ", ".join(f"{suite} {length}" for suite, length in effective.items())
+    table = tables.markdown_of_rows(["probe", *map(str, lengths)], rows)
+    return f"{table}\nEffective length, at {suites['effective_score']}%: {said}.\n"
+
+
+def published_table(name: str) -> str:
+    """Returns the markdown table of figures of others, and where they were read."""
+    own = json.loads((STORED / "published.json").read_text())[name]
+    rows = [[row, *(cell or tables.MISSING for cell in cells)] for row, cells in own["rows"].items()]
+    return f"{tables.markdown_of_rows(['model', *own['columns']], rows)}\n{own['of']}. Read in {own['source']}.\n"
+
+
+def store_suites(folder: str, name: str) -> int:
+    """Stores the probes that a run has been asked, without its answers, in docs/results/NAME.json; returns the exit code."""
+    evaluation = json.loads((pathlib.Path(folder) / "evaluation.json").read_text())
+    if "suites" not in evaluation:
+        print(f"error: {folder}/evaluation.json has no suites: run evaluate --suite", file=sys.stderr)
+        return 2
+    settings = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    content = {"config": settings, "step": evaluation["step"], "suites": evaluation["suites"]}
+    (STORED / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    return 0
 
 
 def headline(page: pathlib.Path, names: str, key: str, rows: str) -> str:
@@ -269,6 +360,9 @@ def rewritten(page: pathlib.Path) -> str:
             "contexts": lambda: contexts_table(*words),
             "parts": lambda: parts_table(*words),
             "significance": lambda: significance_table(arguments),
+            "tasks": lambda: tasks_table(*words),
+            "suites": lambda: suites_table(*words),
+            "published": lambda: published_table(*words),
             "headline": lambda: headline(page, *words),
         }[kind]()
         return f"{mark[1]}{text}{mark[4]}"

@@ -244,7 +244,10 @@ def test_fields_that_follow_from_others_follow_those_of_the_command_line(tmp_pat
     "argument, words",
     [
         ("--config.model.hight=3", "unknown config field 'model.hight'"),
-        ("--config.encoding=alibi", "'encoding' is a section of the config: set one of its fields, such as encoding.kind"),
+        (
+            "--config.encoding=alibi",
+            "'encoding' is a section of the config: set one of its fields, such as encoding.kind",
+        ),
         ("--noconfig.model.tide", "unknown config field 'model.tide'. Did you mean 'model.tied'"),
         ("--config.encoding.place=global", "'encoding.place': it is called 'encoding.digit_index' now"),
         ("--config.steps=many", "--config.steps=many"),

@@ -71,6 +71,7 @@ PROBES = (
     "fwe",
     "mqar",
     "induction",
+    "mixed",
 )
 SUITES: dict[str, tuple[str, ...]] = {
     "passkey": ("passkey",),

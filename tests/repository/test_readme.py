@@ -199,6 +199,52 @@ def test_the_headline_says_what_the_first_study_with_results_says(monkeypatch, t
     stored.planned_studies.cache_clear()
 
 
+def test_tables_of_standard_tests_say_what_is_stored(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    stored, script = (importlib.import_module(name) for name in ("stored_studies", "results_tables"))
+
+    def run(kind, positions, task, *accuracies):
+        settings = {"encoding.kind": kind, "eval.positions": positions, "data.task": task}
+        results = [{"length": 40 * 5**n, "examples": 9, "accuracy": found} for n, found in enumerate(accuracies)]
+        return {"settings": settings, "metrics": [{"step": 5}], "evaluation": {"results": results}}
+
+    runs = {
+        "a": run("seqpe", "random", "parity_check", 99.0, 60.0, 50.0),
+        "b": run("rotary", "default", "parity_check", 99.0, 55.0, 45.0),
+        "c": run("rotary", "default", "bucket_sort", 99.0, 80.0, 70.0),
+    }
+    shared = {"steps": 5, "seed": 1, "data.name": "algorithmic", "data.length": 40}
+    plan = {name: {"runs": [name], "fields": [], "trials": []} for name in (*runs, "d")}
+    (tmp_path / "study_algorithmic.json").write_text(json.dumps({"shared": shared, "runs": runs, "plan": plan}))
+    probes = {
+        "passkey": [{"length": 256, "score": 100.0}, {"length": 512, "score": 40.0}],
+        "vt": [{"length": 512, "score": 2.0}],
+    }
+    suites = {"passkey": {"effective_length": 256}, "ruler": {"effective_length": None}}
+    content = {"probes": probes, "suites": suites, "effective_score": 85.6}
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/config.json").write_text("{}")
+    (tmp_path / "runs/evaluation.json").write_text(json.dumps({"step": 5, "suites": content}))
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "STORED", tmp_path)
+        patch.setattr(script, "STORED", tmp_path)
+        for cached in (stored.study_of, stored.planned_studies):
+            cached.cache_clear()
+        tasks = script.tasks_table("study_algorithmic", "41-1000")
+        with pytest.raises(ValueError, match="lengths 41 to 500"):
+            script.tasks_table("study_algorithmic", "41-500")
+        assert script.suites_table("asked") == "No model has been asked yet.\n"
+        assert script.store_suites(str(tmp_path / "runs"), "asked") == 0
+        asked = script.suites_table("asked")
+    for cached in (stored.study_of, stored.planned_studies):
+        cached.cache_clear()
+    assert "| seqpe | random | **51.7** | - |" in tasks and "| rotary | counted | 46.7 | **71.7** |" in tasks
+    assert tasks.endswith("3 of 4 runs.\n")
+    assert "| passkey | 100 | 40 |\n| vt | - | 2 |" in asked
+    assert "at 85.6%: passkey 256, ruler below 256." in asked
+    assert "| Llama 3.1 8B | 128K | 32K | 95.5 |" in script.published_table("ruler")
+
+
 def test_rows_of_the_pods_table_are_those_that_were_compiled(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = importlib.import_module("pods_table")

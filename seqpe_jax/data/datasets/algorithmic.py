@@ -42,7 +42,7 @@ def _draw(symbols: str) -> Callable[[np.random.Generator, int], str]:
     """Returns a function that draws strings of independent symbols."""
 
     def strings(rng: np.random.Generator, length: int) -> str:
-        return "".join(symbols[index] for index in rng.integers(0, len(symbols), length))
+        return "".join(symbols[index] for index in rng.integers(0, len(symbols), length).tolist())
 
     return strings
 

@@ -30,6 +30,7 @@ NUM_KEYS = 4  # of niah_multikey, niah_multivalue, niah_multiquery and mqar
 HOPS = 4  # of vt
 COMMON, COMMON_TIMES, UNCOMMON_TIMES = 10, 30, 3  # of cwe
 ZETA = 2.0  # exponent of the frequencies of fwe
+MIXED = ("passkey", "niah_single", "mqar", "induction")  # probes that fit into 256 bytes without their instructions
 FREQUENT, DOTS = 3, "...."  # words that fwe asks for, and the most frequent of all, which does not count
 
 
@@ -196,6 +197,11 @@ def induction(rng: np.random.Generator, size: int, depth: float) -> Prompt:
     return Prompt("Continue the following text.", context, "#", (word,), 2 * place)
 
 
+def mixed(rng: np.random.Generator, size: int, depth: float) -> Prompt:
+    """One of the short probes, each as often as the others: a model that trains on them can be asked all four."""
+    return MAKERS[MIXED[int(rng.integers(len(MIXED)))]](rng, size, depth)
+
+
 def _letters(rng: np.random.Generator, count: int, alphabet: str) -> str:
     return "".join(alphabet[index] for index in rng.integers(0, len(alphabet), count).tolist())
 
@@ -220,6 +226,7 @@ MAKERS: dict[str, Probe] = {
     "fwe": frequent_words,
     "mqar": associative_recall,
     "induction": induction,
+    "mixed": mixed,
 }
 
 
