@@ -145,7 +145,7 @@ def unsupported_reason(inputs: AttentionInputs, device: Any, split: bool = False
     if inputs.relative_bias is not None:
         return "the kernels read no pairwise function of positions (encodings whose logits have one)"
     if device.platform == "tpu":
-        return "" if inputs.documents is None else "the kernel for TPUs reads no documents (data.packing='documents')"
+        return ""
     if device.platform == "gpu" and device.device_kind.startswith("NVIDIA"):
         if in_parts:
             return "cuDNN's attention gives no log-sum-exp, with which mesh.context_attention='ring' merges its parts"

@@ -7,6 +7,9 @@ several samples and computes that product once for all of them.
 
 Where H query heads share G key heads, the kernel of keys sums over the queries of all heads that read one, and nothing is
 repeated in memory. With a window, the grid has as many inner steps as a window can need, so that its time is linear.
+
+Documents are compared for each sample, and tiles without a pair of one document in any sample of a grid step are skipped like those
+after the diagonal.
 """
 
 import functools
@@ -98,6 +101,7 @@ class KernelInputs(NamedTuple):
       position_key: float32[1 or P, 1 or H, S, F], or None.
       causal_offset: int32[P], as in `AttentionInputs`.
       dropout_indices: int32[5], `global_offset` and `dropout_seed` of `AttentionInputs`.
+      documents: of queries int32[R, P, 1, L] and of keys int32[R, P, 1, S], rising along a sample; None = all are of one.
     """
 
     query: jax.Array
@@ -107,6 +111,7 @@ class KernelInputs(NamedTuple):
     position_key: jax.Array | None
     causal_offset: jax.Array
     dropout_indices: jax.Array
+    documents: tuple[jax.Array, jax.Array] | None = None
 
 
 def flash(inputs: AttentionInputs, blocks: KernelBlocks = AUTO_BLOCKS, interpret: bool = False) -> jax.Array:
@@ -180,6 +185,10 @@ def _kernel_inputs(
         array = _heads_first(array, multiple)
         return array.reshape(batch // num_sets, num_sets, *array.shape[1:])
 
+    def documents_by_set(documents: jax.Array, multiple: int) -> jax.Array:
+        padded = jnp.pad(documents, ((0, 0), (0, -documents.shape[1] % multiple)), "edge")
+        return padded.reshape(batch // num_sets, num_sets, 1, -1)
+
     position_query, position_key = inputs.position_query_key or (None, None)
     global_offset = jnp.zeros(4, jnp.int32) if inputs.global_offset is None else inputs.global_offset
     dropout_seed = jnp.zeros(1, jnp.int32) if inputs.dropout_seed is None else inputs.dropout_seed[None]
@@ -192,6 +201,11 @@ def _kernel_inputs(
         position_key=None if position_key is None else _heads_first(position_key, multiple_k),
         causal_offset=jnp.broadcast_to(causal_offset, (num_sets,)),
         dropout_indices=jnp.concatenate([global_offset, dropout_seed]),
+        documents=inputs.documents
+        and tuple(
+            documents_by_set(one, multiple)
+            for one, multiple in zip(inputs.documents, (multiple_q, multiple_k), strict=True)
+        ),
     )
     config = KernelConfig(
         keys=keys,
@@ -283,6 +297,7 @@ def _backward(config: KernelConfig, saved: Any, d_out: jax.Array) -> tuple[Kerne
         position_key=_sum_like(d_position_key, inputs.position_key),
         causal_offset=None,
         dropout_indices=None,
+        documents=None,
     )
     return (gradients,)
 
@@ -372,11 +387,47 @@ class _Step(NamedTuple):
     of_head: Any
 
 
+class _Scalars(NamedTuple):
+    """Arrays that the kernels and the choice of their blocks read as scalars.
+
+    Attributes:
+      causal_offset, dropout_indices: see `KernelInputs`.
+      document_bounds: see `_document_bounds`; None = no documents.
+    """
+
+    causal_offset: Any
+    dropout_indices: Any
+    document_bounds: Any = None
+
+
+def _document_bounds(documents: tuple[jax.Array, jax.Array], config: KernelConfig, keys_outer: bool) -> jax.Array:
+    """Returns the first and the last inner block with a document of each outer block, in any sample of a grid step.
+
+    They are int32[groups of samples * P * outer blocks * 2], flat, as scalars are stored in rows of 128. Where there is none, the
+    last is before the first.
+
+    Args:
+      documents: see `KernelInputs`.
+      config: sizes of the call.
+      keys_outer: see `_KernelCall`.
+    """
+    blocks = []
+    for array, size in zip(documents, (config.block_q, config.block_k), strict=True):
+        by_block = array.reshape(-1, config.samples, array.shape[1], array.shape[3] // size, size)
+        blocks.append((by_block.min(axis=4), by_block.max(axis=4)))
+    (outer_min, outer_max), (inner_min, inner_max) = reversed(blocks) if keys_outer else blocks
+    meets = (inner_max[..., None, :] >= outer_min[..., None]) & (inner_min[..., None, :] <= outer_max[..., None])
+    meets = meets.any(axis=1)
+    count = meets.shape[-1]
+    first = jnp.where(meets.any(axis=-1), jnp.argmax(meets, axis=-1), count)
+    return jnp.stack([first, count - 1 - jnp.argmax(meets[..., ::-1], axis=-1)], axis=-1).astype(jnp.int32).reshape(-1)
+
+
 class _KernelCall:
     """A `pallas_call` over the grid (groups of samples, position sets, heads, outer blocks, inner blocks).
 
-    The kernel accumulates over the inner blocks. Tiles that the causal mask or the window hides are neither computed nor loaded:
-    their index is clamped to the nearest tile that is needed. With a window, inner blocks begin at the first that is needed.
+    The kernel accumulates over the inner blocks. Tiles that the causal mask, the window or documents hide are neither computed nor
+    loaded: their index is clamped to the nearest tile that is needed. With a window, inner blocks begin at the first that is needed.
 
     Attributes:
       keys_outer: outer blocks are of keys, heads those of keys, and inner blocks those of all query heads that read one; else
@@ -398,6 +449,7 @@ class _KernelCall:
             inner = min(inner, (config.window + of_outer - 2) // of_inner + 2)
         self.steps = inner
         outer = (key_heads, self.num_k, self.group * inner) if keys_outer else (heads, self.num_q, inner)
+        self.bounds = None if inputs.documents is None else _document_bounds(inputs.documents, config, keys_outer)
         self.grid = (samples // config.samples, num_sets, *outer)
 
     def step(self, set_: Any, head: Any, outer: Any, inner: Any, causal_offset: Any) -> _Step:
@@ -433,23 +485,31 @@ class _KernelCall:
             return None, last
         return jax.lax.div(jnp.maximum(first_query - config.window + 1, 0), jnp.int32(config.block_k)), last
 
-    def _loaded(self, set_: Any, head: Any, outer: Any, inner: Any, causal_offset: Any) -> _Step:
+    def bounds_of_documents(self, group: Any, set_: Any, outer: Any, scalars: _Scalars) -> tuple[Any, Any]:
+        """Returns the first and the last inner block with a document of an outer block; see `_document_bounds`."""
+        at = 2 * ((group * self.grid[1] + set_) * self.grid[3] + outer)
+        return scalars.document_bounds[at], scalars.document_bounds[at + 1]
+
+    def _loaded(self, group: Any, set_: Any, head: Any, outer: Any, inner: Any, scalars: _Scalars) -> _Step:
         """Returns the step whose blocks a grid step loads."""
-        step = self.step(set_, head, outer, inner, causal_offset)
-        if not self.config.causal:
+        step = self.step(set_, head, outer, inner, scalars.causal_offset)
+        limits = [self._bounds(outer, scalars.causal_offset[set_])] if self.config.causal else []
+        if scalars.document_bounds is not None:
+            limits.append(self.bounds_of_documents(group, set_, outer, scalars))
+        if not limits:
             return step
-        first, last = self._bounds(outer, causal_offset[set_])
         block = step.i if self.keys_outer else step.j
-        block = block if first is None else jnp.maximum(block, first)
-        block = block if last is None else jnp.minimum(block, last)
-        block = jnp.minimum(block, (self.num_q if self.keys_outer else self.num_k) - 1)
+        for first, last in limits:
+            block = block if first is None else jnp.maximum(block, first)
+            block = block if last is None else jnp.minimum(block, last)
+        block = jnp.clip(block, 0, (self.num_q if self.keys_outer else self.num_k) - 1)
         return step._replace(i=block) if self.keys_outer else step._replace(j=block)
 
     def query_spec(self, width: int) -> pl.BlockSpec:
         """Returns the spec of a query block of [R, P, H, L, width]."""
 
-        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
-            step = self._loaded(set_, head, outer, inner, causal_offset)
+        def index(group, set_, head, outer, inner, *scalars):
+            step = self._loaded(group, set_, head, outer, inner, _Scalars(*scalars))
             return group, set_, step.query_head, step.i, 0
 
         return pl.BlockSpec((self.config.samples, None, None, self.config.block_q, width), index)
@@ -457,8 +517,8 @@ class _KernelCall:
     def key_spec(self, width: int) -> pl.BlockSpec:
         """Returns the spec of a key block of [R, P, G, S, width]."""
 
-        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
-            step = self._loaded(set_, head, outer, inner, causal_offset)
+        def index(group, set_, head, outer, inner, *scalars):
+            step = self._loaded(group, set_, head, outer, inner, _Scalars(*scalars))
             return group, set_, step.key_head, step.j, 0
 
         return pl.BlockSpec((self.config.samples, None, None, self.config.block_k, width), index)
@@ -466,18 +526,28 @@ class _KernelCall:
     def row_spec(self) -> pl.BlockSpec:
         """Returns the spec of one number per query of a block, [R, P, H, 1, L]."""
 
-        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
-            step = self._loaded(set_, head, outer, inner, causal_offset)
+        def index(group, set_, head, outer, inner, *scalars):
+            step = self._loaded(group, set_, head, outer, inner, _Scalars(*scalars))
             return group, set_, step.query_head, 0, step.i
 
         return pl.BlockSpec((self.config.samples, None, None, 1, self.config.block_q), index)
+
+    def document_spec(self, of_keys: bool) -> pl.BlockSpec:
+        """Returns the spec of a block of the documents of queries or keys, [R, P, 1, L or S]."""
+
+        def index(group, set_, head, outer, inner, *scalars):
+            step = self._loaded(group, set_, head, outer, inner, _Scalars(*scalars))
+            return group, set_, 0, step.j if of_keys else step.i
+
+        block = self.config.block_k if of_keys else self.config.block_q
+        return pl.BlockSpec((self.config.samples, None, 1, block), index)
 
     def position_spec(self, field: jax.Array, of_keys: bool) -> pl.BlockSpec:
         """Returns the spec of a block of position queries or keys [1 or P, 1 or H, L or S, F]."""
         num_sets, heads, _, width = field.shape
 
-        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
-            step = self._loaded(set_, head, outer, inner, causal_offset)
+        def index(group, set_, head, outer, inner, *scalars):
+            step = self._loaded(group, set_, head, outer, inner, _Scalars(*scalars))
             block = step.j if of_keys else step.i
             return set_ if num_sets > 1 else 0, step.query_head if heads > 1 else 0, block, 0
 
@@ -486,7 +556,7 @@ class _KernelCall:
     def per_step_spec(self, block: int, width: int) -> pl.BlockSpec:
         """Returns the spec of an outer block of [groups, P, H, L or S, F]: a result for each group of samples and query head."""
 
-        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
+        def index(group, set_, head, outer, inner, causal_offset, *_):
             return group, set_, self.step(set_, head, outer, inner, causal_offset).query_head, outer, 0
 
         return pl.BlockSpec((None, None, None, block, width), index)
@@ -506,15 +576,18 @@ class _KernelCall:
             (self.key_spec(inputs.key.shape[-1]), inputs.key),
             (self.key_spec(inputs.value.shape[-1]), inputs.value),
         ]
-        has_position = inputs.position_query is not None
-        if has_position:
+        if inputs.position_query is not None:
             loaded += [(self.position_spec(inputs.position_query, False), inputs.position_query)]
             loaded += [(self.position_spec(inputs.position_key, True), inputs.position_key)]
+        scalars = [inputs.causal_offset, inputs.dropout_indices]
+        if inputs.documents is not None:
+            loaded += zip(map(self.document_spec, (False, True)), inputs.documents, strict=True)
+            scalars.append(self.bounds)
         loaded += extra
         return pl.pallas_call(
-            functools.partial(_run_kernel, kernel, self, has_position),
+            functools.partial(_run_kernel, kernel, self, len(scalars)),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2,
+                num_scalar_prefetch=len(scalars),
                 grid=self.grid,
                 in_specs=[spec for spec, _ in loaded],
                 out_specs=[spec for spec, _ in results],
@@ -524,7 +597,7 @@ class _KernelCall:
             cost_estimate=cost_estimate(kernel, inputs, config, [array for _, array in (*loaded, *results)]),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4 + ("arbitrary",)),
             interpret=config.interpret,
-        )(inputs.causal_offset, inputs.dropout_indices, *(array for _, array in loaded))
+        )(*scalars, *(array for _, array in loaded))
 
 
 class _Tile:
@@ -532,28 +605,37 @@ class _Tile:
 
     Attributes:
       transposed: rows are keys and columns queries, as `_dkv_kernel` needs them.
-      needed: scalar bool, True if the causal mask and the window leave any logit.
+      needed: scalar bool, True if the causal mask, the window and documents leave any logit.
       is_first, is_last: scalar bool, the step is the first or last of its outer block.
       is_first_of_head, is_last_of_head: the same of its query head and outer block.
     """
 
     def __init__(
-        self, call: _KernelCall, causal_offset: Any, dropout_indices: Any, position_query: Any, position_key: Any
+        self,
+        call: _KernelCall,
+        scalars: _Scalars,
+        position_query: Any,
+        position_key: Any,
+        documents: tuple[Any, Any] | None,
     ):
         config = self.config = call.config
-        self.transposed, self.dropout_indices = call.keys_outer, dropout_indices
+        self.transposed, self.dropout_indices = call.keys_outer, scalars.dropout_indices
         self.group, self.set, head, outer, inner = (pl.program_id(axis) for axis in range(5))
-        step = call.step(self.set, head, outer, inner, causal_offset)
+        step = call.step(self.set, head, outer, inner, scalars.causal_offset)
         self.is_first, self.is_last = inner == 0, inner == call.grid[-1] - 1
         self.is_first_of_head, self.is_last_of_head = step.of_head == 0, step.of_head == call.steps - 1
         self.head, self.first_query, self.first_key = step.query_head, step.i * config.block_q, step.j * config.block_k
-        self.causal_offset = causal_offset[self.set]
-        self.position_query, self.position_key = position_query, position_key
+        self.causal_offset = scalars.causal_offset[self.set]
+        self.position_query, self.position_key, self.documents = position_query, position_key, documents
         first_row = self.causal_offset + self.first_query
         self.needed = self.first_key <= first_row + config.block_q - 1 if config.causal else True
         if config.window:
             self.needed &= self.first_key + config.block_k > first_row - config.window + 1
             self.needed &= (step.i < call.num_q) & (step.j < call.num_k)
+        if documents is not None:
+            block = step.i if self.transposed else step.j
+            first, last = call.bounds_of_documents(self.group, self.set, outer, scalars)
+            self.needed &= (block >= first) & (block <= last)
 
     def _indices(self) -> tuple[jax.Array, jax.Array]:
         """Returns the query and key index of every logit of the tile, int32."""
@@ -586,9 +668,14 @@ class _Tile:
         logits = _dot(key, query, (1, 1)) if self.transposed else _dot(query, key, (1, 1))
         return cap_logits(logits if shared[0] is None else logits + shared[0], self.config.cap)
 
-    def mask(self, logits: jax.Array, shared: tuple[jax.Array | None, jax.Array | None]) -> jax.Array:
-        """Returns logits in which those of hidden keys are masked; shared: from `shared_logits`."""
-        return logits if shared[1] is None else jnp.where(shared[1], MASK_VALUE, logits)
+    def mask(self, n: int, logits: jax.Array, shared: tuple[jax.Array | None, jax.Array | None]) -> jax.Array:
+        """Returns logits of sample `n` in which those of hidden keys are masked; shared: from `shared_logits`."""
+        if shared[1] is not None:
+            logits = jnp.where(shared[1], MASK_VALUE, logits)
+        if self.documents is None:
+            return logits
+        rows, columns = (side[n] for side in (reversed(self.documents) if self.transposed else self.documents))
+        return jnp.where(_column(rows) == columns, logits, MASK_VALUE)
 
     def dropout_mask(self, n: int) -> jax.Array:
         """Returns the multiplier of the weights of sample `n` of the step."""
@@ -611,13 +698,13 @@ def _dot(left: jax.Array, right: jax.Array, contract: tuple[int, int], exact: bo
     return jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _run_kernel(
-    kernel: Any, call: _KernelCall, has_position: bool, causal_offset: Any, dropout_indices: Any, *refs: Any
-) -> None:
+def _run_kernel(kernel: Any, call: _KernelCall, num_scalars: int, *refs: Any) -> None:
     """Calls a kernel with its tile."""
-    query, key, value, *rest = refs
-    position_query, position_key = (rest.pop(0), rest.pop(0)) if has_position else (None, None)
-    tile = _Tile(call, causal_offset, dropout_indices, position_query, position_key)
+    scalars = _Scalars(*refs[:num_scalars])
+    query, key, value, *rest = refs[num_scalars:]
+    position_query, position_key = (None, None) if call.inputs.position_query is None else (rest.pop(0), rest.pop(0))
+    documents = None if call.inputs.documents is None else (rest.pop(0), rest.pop(0))
+    tile = _Tile(call, scalars, position_query, position_key, documents)
     kernel(tile, query, key, value, *rest)
 
 
@@ -639,7 +726,7 @@ def _forward_kernel(tile, query, key, value, out, lse, m, normalizer, acc) -> No
     def _():
         shared = tile.shared_logits()
         for n in range(tile.config.samples):
-            logits = tile.mask(tile.logits(query[n], key[n], shared), shared)
+            logits = tile.mask(n, tile.logits(query[n], key[n], shared), shared)
             m_old = m[n][:, :1]
             m_new = jnp.maximum(m_old, logits.max(axis=1, keepdims=True))
             p, alpha = jnp.exp(logits - m_new), jnp.exp(m_old - m_new)
@@ -653,7 +740,7 @@ def _forward_kernel(tile, query, key, value, out, lse, m, normalizer, acc) -> No
     def _():
         for n in range(tile.config.samples):
             total = normalizer[n]
-            if tile.config.window:  # a part of the keys may be outside of all windows
+            if tile.config.window or tile.documents is not None:  # all of these keys may be hidden from a query
                 total = jnp.where(total > 0, total, 1.0)
             out[n] = (acc[n] / total[:, :1]).astype(out.dtype)
             lse[n] = (m[n] + jnp.log(total)).T[:1]
@@ -688,7 +775,7 @@ def _dq_kernel(tile, query, key, value, d_out, lse, delta, *rest) -> None:
         shared, ds_total = tile.shared_logits(), 0.0
         for n in range(tile.config.samples):
             logits = tile.logits(query[n], key[n], shared)
-            p = jnp.exp(tile.mask(logits, shared) - _column(lse[n]))
+            p = jnp.exp(tile.mask(n, logits, shared) - _column(lse[n]))
             d_p = _dot(d_out[n], value[n], (1, 1))
             if tile.config.dropout:
                 d_p = d_p * tile.dropout_mask(n)
@@ -716,7 +803,7 @@ def _dkv_kernel(tile, query, key, value, d_out, lse, delta, *rest) -> None:
         shared, ds_total = tile.shared_logits(), 0.0
         for n in range(tile.config.samples):
             logits = tile.logits(query[n], key[n], shared)
-            p = jnp.exp(tile.mask(logits, shared) - lse[n])
+            p = jnp.exp(tile.mask(n, logits, shared) - lse[n])
             d_p, p_dropped = _dot(value[n], d_out[n], (1, 1)), p
             if tile.config.dropout:
                 mask = tile.dropout_mask(n)

@@ -14,7 +14,7 @@ from seqpe_jax.distributed.sharding import MeshSharding, make_mesh
 from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
 from seqpe_jax.losses.task import Documents, NetworkCall, NextTokenLoss
-from seqpe_jax.models import attention_blockwise
+from seqpe_jax.models import attention_blockwise, attention_tpu
 from seqpe_jax.models.attention import attend
 from seqpe_jax.models.attention_inputs import AttentionInputs
 from seqpe_jax.models.build import DataSpec, ModelSpec
@@ -123,14 +123,39 @@ def expected():
         (None, {"kind": "blockwise", "block": 3}),
         ((2, 1, 4, 1), {"kind": "blockwise", "block": 3, "context": "ring"}),
         ((2, 1, 2, 2), {"kind": "blockwise", "block": 3, "context": "gather"}),
+        ((2, 1, 4, 1), {"kind": "flash", "context": "ring"}),  # the TPU kernels, interpreted
     ],
 )
+@pytest.mark.usefixtures("small_kernel")
 def test_every_backend_equals_documents_alone(sizes, options):
     """Outputs and gradients, also with tokens over devices."""
     with use_sharding(MeshSharding(make_mesh(*sizes)) if sizes else None):
         found = output_and_gradients(**options)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected()), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_kernel")
+def test_the_kernels_skip_tiles_of_other_documents(monkeypatch):
+    """Outputs and gradients; tiles of 4 tokens of all samples in one grid step, of which 7 of 10 before the diagonal are needed."""
+    counts, shared = [], attention_tpu._Tile.shared_logits
+
+    def counted(tile):
+        jax.debug.callback(lambda: counts.append(1))
+        return shared(tile)
+
+    monkeypatch.setattr(attention_tpu._Tile, "shared_logits", counted)
+    for one, other in zip(*map(jax.tree.leaves, (output_and_gradients(kind="flash"), expected())), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    jax.effects_barrier()
+    of_blocks = DOCUMENTS.reshape(BATCH, 4, 4)
+    meet = (of_blocks.max(2)[:, None] >= of_blocks.min(2)[..., None]).any(0) & np.tri(4, dtype=bool)
+    assert len(counts) == 3 * HEADS * meet.sum() == 3 * HEADS * 7
+    documents = (jnp.asarray(DOCUMENTS)[:, None, None],) * 2  # of one sample in each of four grid steps
+    config = attention_tpu.KernelConfig(16, 4, 4, (4, 4), 1, True, False, 0.0, None, jnp.float32, True)
+    for keys_outer in (False, True):
+        bounds = attention_tpu._document_bounds(documents, config, keys_outer).reshape(BATCH, 4, 2)
+        assert bounds[2].tolist() == [[0, 1], [0, 2], [1, 2], [3, 3]]
 
 
 def test_blocks_of_earlier_documents_alone_are_skipped():

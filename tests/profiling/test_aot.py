@@ -220,6 +220,28 @@ exact = ["operand_precision={highest,highest}" in line for line in products]
 print("encoder exact", sum(of_encoder) > 3 and all(one for one, own in zip(exact, of_encoder) if own))
 print("network fast", sum(not one for one, own in zip(exact, of_encoder) if not own) > 3)
 """
+# The attention kernel alone where windows hold several documents, with heads of keys that two query heads share.
+DOCUMENT_KERNELS = """
+import jax
+import jax.numpy as jnp
+
+from seqpe_jax.models import attention_tpu
+from seqpe_jax.models.attention_inputs import AttentionInputs
+from seqpe_jax.profiling import aot
+
+device = jax.sharding.SingleDeviceSharding(aot.topology_devices("v5e:2x2")[0])
+array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+def score(query, key, value, position, documents, offset):
+    inputs = AttentionInputs(query, key, value, (position, position), documents=(documents, documents), causal_offset=offset)
+    return attention_tpu.flash(inputs).astype(jnp.float32).sum()
+
+key = array(jnp.bfloat16, 8, 1500, 2, 64)
+arrays = array(jnp.bfloat16, 8, 1500, 4, 64), key, key, array(jnp.float32, 1, 1500, 1, 16)
+arguments = *arrays, array(jnp.int32, 8, 1500), array(jnp.int32, 1)
+text = jax.jit(jax.grad(score, argnums=(0, 1, 2, 3))).lower(*arguments).compile().as_text()
+print("kernels", text.count('custom_call_target="tpu_custom_call"'))
+"""
 # Largest all-reduce over fsdp for which devices wait: of copies for shards, of a kernel with heads narrower than a TPU's lanes,
 # and of the encoder's parameters where fsdp spans two sides of a slice.
 WAITS = """
@@ -339,3 +361,4 @@ def test_kernels_on_libtpu(libtpu):
     lines = printed(KERNELS, libtpu)
     assert "kernels 6" in lines, "three for each half of a device's queries"
     assert "encoder exact True" in lines and "network fast True" in lines
+    assert "kernels 3" in printed(DOCUMENT_KERNELS, libtpu), "with documents"
