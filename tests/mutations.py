@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -9,10 +10,11 @@ import stat
 import sys
 import typing
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,10 +24,23 @@ from seqpe_jax import config
 from seqpe_jax.data import formats
 from seqpe_jax.data.datasets import image_base
 from seqpe_jax.data.tokenizers import load_tokenizer
-from seqpe_jax.interop import hf, hf_families, hf_images, hf_rope, pickles, torch_config, torch_reference
+from seqpe_jax.interop import (
+    hf,
+    hf_families,
+    hf_images,
+    hf_rope,
+    hf_weights,
+    pickles,
+    torch_config,
+    torch_model,
+    torch_reference,
+    weights,
+)
+from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
+from tests.interop import test_hf_images
 from tests.tiny import random_state, tiny_config
 
 PAGE = '''"""A config, as `train` takes it."""
@@ -395,7 +410,11 @@ POSITIONS = {
 }
 TIMM = {"architecture": "vit_tiny_patch16_224", "num_classes": 9, "num_features": 192, "global_pool": "token"}
 TIMM |= {"model_args": {"img_size": 32, "num_heads": 3}, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-ROPE = {"rope_theta": 1e4, "max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": 2.0}}
+ROPE: dict[str, Any] = {
+    "rope_theta": 1e4,
+    "max_position_embeddings": 64,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+}
 
 
 def foreign_settings() -> dict[str, dict[str, dict[str, Any]]]:
@@ -421,6 +440,9 @@ def foreign_settings() -> dict[str, dict[str, dict[str, Any]]]:
         required = {
             name: SIZES[name] for name, (_, default) in family.fields.items() if default is hf_families.REQUIRED
         }
+        required |= (
+            {"num_key_value_heads": 2} if "num_key_value_heads" in family.fields else {}
+        )  # the default divides no 4
         found[kind] = {"config.json": {"model_type": kind} | required | (ROPE if family.has_rope else {})}
     return copy.deepcopy(found)  # draws change it
 
@@ -441,10 +463,31 @@ def foreign_fields(format: str, file: str) -> tuple[str, ...]:
 
 FOREIGN_VALUES = (
     LEAVES
-    | st.sampled_from(
-        (-1, 3, 48, 0.5, 1e-320, 1e30, 2**24, 10**5000, "causal", "gelu", [1], ["x"], {"x": 1}, [[[1]] * 9] * 9)
-    )
+    | st.sampled_from((0, -1, 3, 48, 0.5, 1e-320, 1e30, 2**24, 10**400, 10**5000, "causal", "gelu", *hf_rope.TYPES))
+    | st.sampled_from(([1], ["x"], [1.0] * 8, {"x": 1}, [[[1]] * 9] * 9))
     | VALUES
+)
+_SCALED = {"factor": 2.0, hf_rope.ORIGINAL: 32}
+ROPES: tuple[dict[str, Any], ...] = (
+    {},
+    ROPE["rope_scaling"],
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "beta_fast": 32, "mscale": 1.0, "mscale_all_dim": 0.5} | _SCALED,
+    {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8} | _SCALED,
+    {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | _SCALED,
+    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}},
+)
+INNER_FIELDS = (
+    "IMG_SIZE",
+    "NUM_HEADS",
+    "TYPE",
+    "img_size",
+    "num_heads",
+    "std",
+    "rope_type",
+    "partial_rotary_factor",
+    *_SCALED,
 )
 
 
@@ -454,13 +497,15 @@ def foreign_cases(draw: st.DrawFn) -> tuple[str, dict[str, bytes]]:
     by_format = foreign_settings()
     chosen = draw(st.sampled_from(tuple(by_format)))
     settings = by_format[chosen]
+    if "rope_scaling" in settings.get("config.json", {}):
+        settings["config.json"]["rope_scaling"] = copy.deepcopy(draw(st.sampled_from(ROPES)))
     for _ in range(draw(st.sampled_from((1, 1, 2, 3)))):
         file = draw(st.sampled_from(tuple(settings)))
         section = settings[file]
         inner = tuple(name for name, value in section.items() if isinstance(value, dict))
         if inner and draw(st.booleans()):
             section = section[draw(st.sampled_from(inner))]
-            names = (*section, "factor", "rope_type", "IMG_SIZE", "NUM_HEADS", "TYPE", "img_size", "num_heads", "std")
+            names = (*section, *INNER_FIELDS)
         else:
             names = foreign_fields(chosen, file)
         section[draw(st.sampled_from(names))] = copy.deepcopy(draw(FOREIGN_VALUES))  # it may get fields itself
@@ -480,6 +525,15 @@ def _dump(content: Any) -> bytes:
         sys.set_int_max_str_digits(before)
 
 
+def right_settings() -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yields (format, files of settings) that are right, with each form of RoPE."""
+    for kind, files in foreign_settings().items():
+        yield kind, {name: _dump(content) for name, content in files.items()}
+    llama = foreign_settings()["llama"]["config.json"]
+    for rope in ROPES:
+        yield "llama", {"config.json": _dump(llama | {"rope_scaling": rope})}
+
+
 def read_foreign(format: str, folder: pathlib.Path) -> None:
     """Reads the settings of a folder as `load` does, and what follows from them without its weights."""
     if format == "reference_images":
@@ -488,7 +542,131 @@ def read_foreign(format: str, folder: pathlib.Path) -> None:
         arrays |= {"blocks.0.mlp.fc1.weight": np.zeros((192, 48))}
         torch_config.config_from_spec(torch_reference._image_spec(folder / "config.json", settings, arrays))
         return
+    if format in ("timm", "vit"):
+        file = folder / "config.json"
+        settings = hf.read_mapping(file)
+        known = (
+            hf_images._known_timm(file, settings) if format == "timm" else hf_images._known_hf(file, settings, folder)
+        )
+        assert known.heads >= 1 and min(known.side) >= 1
+        return
     torch_reference.read(folder)
+
+
+TEXT_SPEC = {"vocab_size": 9, "n_layer": 1, "n_embd": 12, "n_head": 3, "n_inner": 16, "block_size": 32}
+IMAGE_SPEC = {"depth": 1, "embed_dim": 12, "img_size": 32, "num_classes": 9, "num_heads": 3, "patch_size": 8}
+SPEC = {"pe_type": "seq_pe", "pe_apply_method": "attn_mul", "use_pe_multi_head": True, "use_pe_qk_per_layer": "multi"}
+ENCODER = {"pe_embed_dim": 12, "num_attention_heads": 3, "layer_num": 1, "max_digits": 2}
+NEOX_SIZES = {
+    "vocab_size": 9,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+}
+Weights = dict[str, dict[str, np.ndarray]]  # arrays by name, by file
+
+
+@functools.cache
+def foreign_weights() -> dict[str, tuple[dict[str, bytes], Weights]]:
+    """Returns (files of settings, files of weights) of a folder in each foreign format."""
+    found: dict[str, tuple[dict[str, bytes], Weights]] = {}
+    for kind, spec in (("gpt2", TEXT_SPEC), ("vit", IMAGE_SPEC)):
+        axes = 2 if kind == "vit" else 1
+        encoder = ENCODER | {"data_dim": axes}
+        made = torch_config.config_from_spec({"kind": kind, "encoder": encoder} | SPEC | spec)
+        state = _zeros(weights.make_rules(made), made, DataSpec(*((0, 9, 3) if axes == 2 else (9,))))
+        prefix = weights.PE_PREFIX
+        own = {name: array for name, array in state.items() if not name.startswith(prefix)}
+        theirs = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+        names = {there: here for here, there in torch_reference.PE_FIELDS.items()}
+        names |= {there: here for here, there in torch_reference.ENCODER_FIELDS.items()}
+        positions = {names[name]: value for name, value in (SPEC | encoder).items()}
+        if axes == 2:
+            settings = {"MODEL": {"TYPE": "vit_s_16", "NUM_HEADS": 3}, "DATA": {"IMG_SIZE": 32}, "TRAIN": {}}
+            files, second = {"config.json": _dump(positions | settings)}, torch_reference.IMAGE_ENCODER_FILE
+        else:
+            settings = {name: value for name, value in spec.items() if name != "block_size"}
+            files, second = {"config.json": _dump(settings)}, torch_reference.TEXT_ENCODER_FILE
+            files |= {"pe_config.json": _dump(positions), "train_args.json": _dump({"block_size": 32})}
+        found[f"reference_{kind}"] = files, {hf.MODEL_FILE: own, second: theirs}
+    small = {"gpt2": {"vocab_size": 9, "n_layer": 1, "n_embd": 12, "n_head": 3, "n_positions": 8}}
+    grouped = NEOX_SIZES | {"num_key_value_heads": 1, "head_dim": 4}
+    small |= {"llama": grouped, "qwen3": grouped, "gpt_neox": NEOX_SIZES}
+    for kind, sizes in small.items():
+        family = hf_families.FAMILIES[kind]
+        settings = {"model_type": kind} | sizes
+        made = family.config(pathlib.Path("config.json"), settings)
+        rules = hf_weights.make_rules(family, made, hf_families.rotary_columns(made))
+        found[kind] = {"config.json": _dump(settings)}, {hf.MODEL_FILE: _zeros(rules, made, DataSpec(9))}
+    timm = test_hf_images.timm_state(3, test_hf_images.PATCHES, norm="fc_norm", layer_scale=True)
+    found["timm"] = {"config.json": _dump(test_hf_images.TIMM)}, {hf.MODEL_FILE: timm}
+    deit = test_hf_images.to_hf(test_hf_images.timm_state(1, 2 + test_hf_images.PATCHES))
+    found["deit"] = {"config.json": _dump(test_hf_images.HF)}, {hf.MODEL_FILE: deit}
+    pixels = {"image_mean": test_hf_images.MEAN, "image_std": test_hf_images.STD}
+    found["deit"][0][hf_images.PIXELS_FILE] = _dump(pixels)
+    return found
+
+
+def _zeros(rules: Iterable[weights.Rule], made: config.Config, data_spec: DataSpec) -> dict[str, np.ndarray]:
+    """Arrays of 0 of a model, under the names of its rules."""
+    shapes = ModelSpec.of(made, data_spec).shapes
+    return weights.to_state(rules, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
+
+
+ARRAY_NAMES = (
+    "x",
+    "blocks.",
+    "blocks.x.y",
+    "blocks.7.norm1.weight",
+    "transformer.h.",
+    "h.7.ln_1.weight",
+    "lm_head.weight",
+)
+ARRAY_NAMES += ("pe_model.weight", "weight", "reg_token", "head_dist.weight", "pos_embed", "attn.bias", "")
+
+
+@st.composite
+def weight_cases(draw: st.DrawFn) -> tuple[str, Weights]:
+    """Draws (format, files of weights) with one or two arrays that are missing, added, or of other shapes or types."""
+    chosen = draw(st.sampled_from(tuple(foreign_weights())))
+    files = {file: dict(arrays) for file, arrays in foreign_weights()[chosen][1].items()}
+    for _ in range(draw(st.sampled_from((1, 1, 2)))):
+        arrays = files[draw(st.sampled_from(tuple(files)))]
+        name = draw(st.sampled_from(tuple(arrays)))
+        how = draw(st.sampled_from(("shape", "shape", "type", "number", "leave out", "add")))
+        sides = arrays[name].shape
+        if how == "leave out":
+            del arrays[name]
+        elif how == "add":
+            arrays[draw(st.sampled_from(ARRAY_NAMES))] = np.zeros(draw(st.sampled_from(((), (0,), (3, 12), sides))))
+        elif how == "type":
+            kinds = (np.float16, np.float64, np.int8, np.uint64, np.bool_, ml_dtypes.bfloat16)
+            with np.errstate(invalid="ignore"):
+                arrays[name] = arrays[name].astype(draw(st.sampled_from(kinds)))
+        elif how == "number":
+            arrays[name] = np.full(sides, draw(st.sampled_from((np.nan, -np.inf, 1e-45, 3e38))), np.float32)
+        else:
+            at = draw(st.integers(0, max(len(sides) - 1, 0)))
+            longer = (
+                sides[:at] + (side,) + sides[at + 1 :]
+                for side in (0, 1, 2, 3, *(side + 1 for side in sides[at : at + 1]))
+            )
+            shape = draw(st.sampled_from(((), (0,), (1,), (7, 5), sides[::-1], sides[1:], (*sides, 1), *longer)))
+            arrays[name] = np.zeros(shape, np.float32)
+    return chosen, files
+
+
+@functools.cache
+def _shapes(made: config.Config, data_spec: DataSpec) -> Any:
+    return ModelSpec.of(made, data_spec).shapes
+
+
+def read_weights(folder: pathlib.Path) -> None:
+    """Reads a folder of another program to the parameters, as `load` does."""
+    source = torch_reference.read(folder)
+    data_spec = source.data_spec or torch_model._data_spec(source.config, source.arrays.state)
+    torch_model.check_params(weights.to_params(source.rules, source.arrays.state), _shapes(source.config, data_spec))
 
 
 def write_readable(folder: pathlib.Path) -> dict[str, Callable[[pathlib.Path], object]]:

@@ -18,6 +18,7 @@ import types
 import jsonschema
 import pytest
 import yaml
+from jax._src.clusters.cloud_tpu_cluster import coordinator_port
 from kubernetes import client
 
 from seqpe_jax import config
@@ -36,7 +37,7 @@ VALUES = {
     "HOSTS": "4",
     "CHIPS": "4",
 }
-ARGUMENTS = ["--config=configs/wikitext103_gpt2.py", "--workdir=gs://runs/first", '--config.data.paths=a "b", c']
+ARGUMENTS = ["--config=configs/wikitext103_gpt2.py", "--workdir=gs://runs/first", '--config.data.paths=a "b", c\\d']
 
 
 def closed(properties: dict, *required: str) -> dict:
@@ -162,8 +163,25 @@ def test_the_job_set_is_valid_and_runs_the_training_command(rendered):
     assert pod.volumes[0].empty_dir is not None and pod.service_account_name == "default"
     [toleration] = pod.tolerations
     assert (toleration.key, toleration.effect) == ("cloud.google.com/gke-spot", "NoSchedule")
+    assert list(pod.node_selector.values()) == [VALUES["ACCELERATOR"], VALUES["TOPOLOGY"]]
+    # JAX's coordinator on GKE; the roll call is one below, and TPU hosts have libtpu's.
+    assert [port.container_port for port in container.ports] == [8471, int(coordinator_port) - 1, int(coordinator_port)]
+
+
+def test_a_slice_that_is_taken_away_starts_again_and_a_refused_run_does_not(rendered):
+    [slices] = rendered["spec"]["replicatedJobs"]
+    job = model("V1JobTemplateSpec", slices["template"]).spec
+    assert job.template.spec.termination_grace_period_seconds >= 300, "time to agree on a step and to save"
     [rule] = job.pod_failure_policy.rules
+    [container] = job.template.spec.containers
     assert rule.on_exit_codes.container_name == container.name and rule.on_exit_codes.values == [2]
+    policy = rendered["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] >= 50, "spot slices are taken away many times"
+    [ends] = policy["rules"]
+    assert (rule.action, ends["action"], ends["onJobFailureReasons"]) == ("FailJob", "FailJobSet", ["PodFailurePolicy"])
+    assert rendered["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }, "all hosts of one slice"
 
 
 def test_a_wrong_field_would_be_found(rendered):
@@ -300,9 +318,19 @@ esac
 """
 
 
-@pytest.mark.parametrize("code, requeued", [(75, True), (0, False), (2, False)])
-def test_a_job_that_is_nearly_over_saves_and_is_requeued(tmp_path, code, requeued):
-    """Unless its run is done; a refused one ends at once. A real Slurm does it with -m long."""
+def test_slurm_warns_the_script_of_the_end_and_keeps_what_was_said_before_a_requeue():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    given = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert {"requeue", "open-mode=append", "output=%x-%j.out"} <= given
+    [seconds] = [int(option.removeprefix("signal=B:USR1@")) for option in given if option.startswith("signal=B:USR1@")]
+    assert seconds >= 120, "to the script alone, which passes it on, with time to save"
+
+
+@pytest.mark.parametrize(
+    "code, cancelled, requeued", [(75, "", True), (75, "cancelled", False), (0, "", False), (2, "", False)]
+)
+def test_a_job_that_is_nearly_over_saves_and_is_requeued(tmp_path, code, cancelled, requeued):
+    """Unless its run is done or it is cancelled; a refused one ends at once. A real Slurm does it with -m long."""
     for name in ("srun", "scancel", "scontrol"):
         (tmp_path / name).write_text(SRUN)
         (tmp_path / name).chmod(0o755)
@@ -313,12 +341,15 @@ def test_a_job_that_is_nearly_over_saves_and_is_requeued(tmp_path, code, requeue
     while code != 2 and not (tmp_path / "seen.tasks").exists():
         assert job.poll() is None
         time.sleep(0.01)
-    if code != 2:
+    if cancelled:  # which Slurm tells the script and its tasks
+        job.send_signal(signal.SIGTERM)
+        os.kill(int((tmp_path / "seen.tasks").read_text()), signal.SIGTERM)
+    elif code != 2:
         job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == code
     first, *later = seen.read_text().splitlines()
     assert first == "srun --label --unbuffered --wait=60 python -m seqpe_jax.train --config=a b.py --workdir=w"
-    stopped = ["scancel --signal=TERM 7"] * (code != 2)
+    stopped = ["scancel --signal=TERM 7"] * (code != 2 and not cancelled)
     assert later == stopped + ["scontrol requeue 7"] * requeued
 
 
@@ -371,7 +402,11 @@ case "$*" in
   *tpu-vm\\ scp*) cp "$5" "$SEEN.tar.gz" ;;
   *describe*yaml*) echo "state: no capacity in z" ;;
   *describe*)
-    if [ -n "$UNKNOWN" ]; then echo "PERMISSION_DENIED: on purpose" >&2; exit 1; fi
+    if [ -n "$UNKNOWN" ]; then
+      echo x >> "$SEEN.asked"; asked=$(wc -l < "$SEEN.asked")
+      if [ "$UNKNOWN" = all ] || [ $((asked % 2)) -eq 1 ]; then echo "PERMISSION_DENIED: on purpose" >&2; exit 1; fi
+      if [ "$asked" -lt 14 ]; then echo WAITING_FOR_RESOURCES; exit; fi
+    fi
     if [ -e "$SEEN.gone" ]; then echo SUSPENDED; else echo "${STATE:-ACTIVE}"; fi ;;
   *"queued-resources delete"*) rm -f "$SEEN.gone" ;;
   *"tpu-vm ssh"*"bash launch/setup.sh"*) ;; # what `install` does there is another test's
@@ -382,6 +417,7 @@ case "$*" in
     fi
     if [ -e "$SEEN.gone" ]; then exit 255; fi
     for word in "$@"; do case "$word" in --command=*) command=${word#--command=} ;; esac; done
+    if [ "$LOST" = always ] && [[ "$command" == *tail* ]]; then exit 255; fi
     if [ -n "$LOST" ] && [ ! -e "$SEEN.lost" ] && [[ "$command" == *tail* ]]; then
       touch "$SEEN.lost"
       (cd "$HOME" && bash -c "$command") | head -n 2
@@ -400,6 +436,7 @@ echo last
 turn=$(($(cat "$SEEN.turn" 2>/dev/null || echo 0) + 1))
 echo $turn > "$SEEN.turn"
 read -ra codes <<< "${CODES:-0}"
+if [ "${codes[$((turn - 1))]}" = reboots ]; then kill -KILL $PPID $$; fi
 exit "${codes[$((turn - 1))]}"
 """
 TRAIN = ["train", "--config=configs/stdlib_lm.py", "--workdir=gs://runs/a b"]
@@ -487,10 +524,23 @@ def test_tpu_pod_starts_again_what_has_saved_and_asks_for_another_slice(tpu_pod)
     assert "cache /mnt/runs/cache" in found.stdout
 
 
+def test_tpu_pod_ends_where_it_cannot_go_on(tpu_pod):
+    """A host that starts anew leaves no exit code: as after a save, but not for ever; nor does it connect for ever."""
+    found, _ = tpu_pod(*TRAIN, CODES="reboots 75 0", RESTARTS="1")
+    assert found.returncode == 75 and found.stdout.count("== it has saved and ended (exit code 75)") == 1
+    assert "error: it was started again RESTARTS=1 times" in found.stderr
+    found, _ = tpu_pod(*TRAIN, LOST="always")
+    assert found.returncode == 1 and "error: no connection to first (above). The run continues" in found.stderr
+
+
 def test_tpu_pod_says_why_there_is_no_slice(tpu_pod):
     found, _ = tpu_pod("create", STATE="FAILED")
     assert found.returncode == 1 and "error: the request for first is FAILED:\nstate: no capacity in z" in found.stderr
-    found, _ = tpu_pod("create", UNKNOWN="1")
+    found, _ = tpu_pod("create", STATE="SUSPENDED")
+    assert found.returncode == 1 and "error: the request for first is SUSPENDED" in found.stderr
+    found, _ = tpu_pod("create", UNKNOWN="some")  # gcloud fails now and then
+    assert found.returncode == 0 and found.stderr.count("PERMISSION_DENIED") == 7, found.stderr
+    found, _ = tpu_pod("create", UNKNOWN="all")
     assert found.returncode == 1 and found.stderr.count("PERMISSION_DENIED") == 5 and "cannot describe" in found.stderr
     found, _ = tpu_pod("create", STATE="WAITING_FOR_RESOURCES", WAIT="0")
     assert found.returncode == 1 and "first is WAITING_FOR_RESOURCES after 0 s; it stays in the queue" in found.stderr

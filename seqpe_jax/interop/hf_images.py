@@ -163,10 +163,8 @@ def read(path: pathlib.Path, settings: Settings) -> ForeignCheckpoint:
     _add_head(path, state, "head" if kind is None else "classifier")
     try:
         config, rules = _config_and_rules(known, state, kind)
-    except KeyError as error:
-        raise InputError(
-            f"the weights of {path} lack {error.args[0]}: they are not those of its config.json"
-        ) from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     data_spec = DataSpec(classes=config.model.classes, channels=len(known.mean), mean=known.mean, std=known.std)
     return ForeignCheckpoint(
         config,
@@ -282,11 +280,7 @@ def _config_and_rules(known: _Known, state: Mapping[str, np.ndarray], kind: str 
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         """The shape of an array under its name of timm."""
-        full = name if kind is None else _hf_name(name, kind)
-        found = state[full].shape
-        if len(found) != rank:
-            raise InputError(f"{full} has the shape {found}, not one of {rank} sides: the weights are damaged")
-        return found
+        return weights.shape_of(state, name if kind is None else _hf_name(name, kind), rank)
 
     width, channels, *patch = shape("patch_embed.proj.weight", 4)
     pattern = re.compile(r"blocks\.(\d+)\." if kind is None else rf"{kind}\.encoder\.layer\.(\d+)\.")

@@ -1,11 +1,11 @@
 """RoPE as Hugging Face's config.json writes it, in both forms: of transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from seqpe_jax.config import RotaryConfig
 from seqpe_jax.errors import InputError, format_value, suggest
+from seqpe_jax.interop.settings import MAX_FLOAT, SIZE, Field, check_names
 
 DEFAULT_THETA = {"smollm3": 2_000_000.0}  # by model_type, where a folder names none; others have 10,000
 # Architectures that read the share of a head that rotates, and the share where a folder names none; others rotate whole heads.
@@ -66,7 +66,8 @@ def rope_from_hf(settings: Mapping[str, Any], head_width: int) -> dict[str, Any]
         settings, ("partial_rotary_factor", "rotary_pct"), form, rope, PARTIAL_SHARE.get(architecture, 1.0)
     )
     kind, length = rope.get("rope_type", "default"), settings.get("max_position_embeddings")
-    original = settings.get(ORIGINAL) or rope.get(ORIGINAL) or length  # transformers prefers the outer one
+    outer = settings.get(ORIGINAL)  # which transformers prefers
+    original = (outer and _length(ORIGINAL, outer)) or rope.get(ORIGINAL) or length
     if original != length and ORIGINAL not in TYPES[kind]:
         raise InputError(
             f"config.json: {ORIGINAL}={original} is not read with rope_type='{kind}', which knows "
@@ -83,10 +84,10 @@ def rope_from_hf(settings: Mapping[str, Any], head_width: int) -> dict[str, Any]
         return fields
     if kind == "linear":
         return fields | {"scaling": kind, "scaling_factor": float(rope["factor"])}
-    if length is None:
+    if not length:
         raise InputError(f"config.json: {form}.rope_type='{kind}' needs max_position_embeddings: set it")
     factor = rope.get("factor") or length / original
-    fields |= {"scaling": kind, "scaling_factor": float(factor), "original_length": int(original)}
+    fields |= {"scaling": kind, "scaling_factor": float(factor), "original_length": original}
     return fields | OF_TYPE.get(kind, lambda _: {})(rope)
 
 
@@ -162,11 +163,14 @@ def _form(form: str, own: Any) -> dict[str, Any]:
     """The fields of one form, which it may have for each type of layer."""
     if not isinstance(own, Mapping):
         raise InputError(f"config.json: {form} must hold fields, got {format_value(own)}")
+    check_names(f"config.json: {form}", own)
     nested = {name: own[name] for name in own if name in LAYER_TYPES}
     if not nested:
         return _checked(form, own)
     if len(nested) < len(own):
-        raise InputError(f"config.json: {form} names layer types and other fields side by side: {', '.join(own)}")
+        raise InputError(
+            f"config.json: {form} names layer types and other fields side by side: {format_value(tuple(own))}"
+        )
     for name, value in nested.items():
         if not isinstance(value, Mapping):
             raise InputError(
@@ -182,41 +186,56 @@ def _form(form: str, own: Any) -> dict[str, Any]:
 
 def _checked(where: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of one RoPE that are not null, with rope_type in place of type. Raises: InputError: names a field."""
+    check_names(f"config.json: {where}", rope)
     rope = {name: value for name, value in rope.items() if value is not None}
-    kinds = {rope[name] for name in ("rope_type", "type") if isinstance(rope.get(name), str)}
+    kinds = {
+        Field(str).check(f"config.json: {where}.{name}", rope[name]) for name in ("rope_type", "type") if name in rope
+    }
     if len(kinds) > 1:
         raise InputError(f"config.json: {where}.rope_type and {where}.type differ: keep one of them")
     kind = next(iter(kinds), "default")
     if kind not in TYPES:
-        raise InputError(f"config.json: unknown {where}.rope_type '{kind}'.{suggest(kind, TYPES)}")
+        raise InputError(f"config.json: unknown {where}.rope_type {format_value(kind)}.{suggest(kind, TYPES)}")
     for name, value in rope.items():
-        if name not in ANY_TYPE and name not in TYPES[kind] and not (kind == "dynamic" and name == ORIGINAL):
-            known = (*ANY_TYPE, *TYPES[kind])
-            raise InputError(
-                f"config.json: {where}.{name} is not read with rope_type='{kind}', which reads {', '.join(known)}; "
-                f"--ignore-fields={where}.{name} passes over it"
-            )
-        if name in ("short_factor", "long_factor"):
-            if not isinstance(value, (list, tuple)):
-                raise InputError(f"config.json: {where}.{name} must be a list of numbers, got {format_value(value)}")
-            for item in value:
-                _check_number(f"{where}.{name}", item)
-        elif name == "truncate":
-            if not isinstance(value, bool):
-                raise InputError(f"config.json: {where}.truncate must be true or false, got {format_value(value)}")
-        elif name not in ("rope_type", "type"):
-            _check_number(f"{where}.{name}", value)
-            if name == "attention_factor" and not value:
-                raise InputError(f"config.json: {where}.attention_factor must be above 0")
+        _check_field(where, kind, name, value)
     for name, needed in TYPES[kind].items():
         if needed and name not in rope:
             raise InputError(f"config.json: {where} lacks {name}, which rope_type='{kind}' needs: set it")
     return {name: value for name, value in rope.items() if name != "type"} | {"rope_type": kind}
 
 
+def _check_field(where: str, kind: str, name: str, value: Any) -> None:
+    """Refuses a field that a rope_type does not read, or a value of another type. Raises: InputError: names it."""
+    if name not in ANY_TYPE and name not in TYPES[kind] and not (kind == "dynamic" and name == ORIGINAL):
+        known = (*ANY_TYPE, *TYPES[kind])
+        raise InputError(
+            f"config.json: {where}.{name} is not read with rope_type='{kind}', which reads {', '.join(known)}; "
+            f"--ignore-fields={where}.{name} passes over it"
+        )
+    if name in ("short_factor", "long_factor"):
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"config.json: {where}.{name} must be a list of numbers, got {format_value(value)}")
+        for item in value:
+            _check_number(f"{where}.{name}", item)
+    elif name == "truncate":
+        if not isinstance(value, bool):
+            raise InputError(f"config.json: {where}.truncate must be true or false, got {format_value(value)}")
+    elif name == ORIGINAL:
+        _length(f"{where}.{name}", value)
+    elif name not in ("rope_type", "type"):
+        _check_number(f"{where}.{name}", value)
+        if name == "attention_factor" and not value:
+            raise InputError(f"config.json: {where}.attention_factor must be above 0")
+
+
+def _length(name: str, value: Any) -> int:
+    """Returns a number of tokens; 0 = absent. Raises: InputError: names its field."""
+    return Field(int, SIZE).check(f"config.json: {name}", value)
+
+
 def _check_number(name: str, value: Any) -> None:
-    """Refuses a value that is no number of at least 0. Raises: InputError: names its field."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    """Refuses a value that is no number of at least 0, or none that float32 holds. Raises: InputError: names its field."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_FLOAT:
         raise InputError(f"config.json: {name} must be a number of at least 0, got {format_value(value)}")
 
 

@@ -170,7 +170,8 @@ def encoding_from_spec(spec: ReferenceSpec) -> EncodingConfig:
     """
     kind = check_spec(spec)
     if kind == "seqpe_encoder":
-        return SeqPEConfig(**_encoder_fields(spec), output_width=spec.get("out_proj_dim") or spec["pe_embed_dim"])
+        out = max(spec.get("out_proj_dim") or 0, 0)  # -1 = none of its own
+        return SeqPEConfig(**_encoder_fields(spec), output_width=out or spec["pe_embed_dim"])
     encoding = _encoding_kind(spec)
     if encoding == "seqpe":
         return _seqpe_from_spec(spec)

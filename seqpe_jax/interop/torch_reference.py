@@ -244,9 +244,10 @@ def _read_images(path: pathlib.Path) -> ForeignCheckpoint:
     spec = _image_spec(file, settings, model)
     state = dict(model) | {weights.PE_PREFIX + name: leaf for name, leaf in encoder.items()}
     tables, grid_table = _pop_fixed_table(spec, state), f"{weights.PE_PREFIX}weight"
+    reasons = _reasons(tables, spec)
     if spec.get("pe_apply_method") == "rotary_2d" and state.pop(grid_table, None) is not None:
-        tables = {grid_table: np.zeros((0, 0), np.float32)}
-    arrays = Arrays(state, _reasons(tables, spec), tables, files)
+        reasons = _reasons((grid_table,), spec)  # of a grid: not compared
+    arrays = Arrays(state, reasons, tables, files)
     return of_spec(spec, lambda: arrays)
 
 
@@ -270,19 +271,19 @@ def _image_spec(file: pathlib.Path, settings: Mapping[str, Any], model: Mapping[
         raise InputError(f"{file}: MODEL.TYPE is {format_value(kind)}, only {' and '.join(VIT_TYPES)} can be read")
     for name in ("USE_UNK_POS", "USE_IDX_EMB", "USE_DLOCR"):
         hf.require_value(file, f"TRAIN.{name}", sections["TRAIN"].get(name, False), False)
-    kernel = model.get("patch_embed.proj.weight")
-    mlp = model.get("blocks.0.mlp.fc1.weight")
-    if kernel is None or kernel.ndim != 4 or mlp is None or "head.weight" not in model:
-        raise InputError(f"{file} holds no vision transformer: patch_embed.proj, blocks.0.mlp.fc1 or head is missing")
-    width = len(kernel)
+    names = {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "head.weight": 2}
+    try:
+        (width, *_, patch), (mlp_width, _), (classes, _) = (weights.shape_of(model, *one) for one in names.items())
+    except InputError as error:
+        raise InputError(f"{file} holds no vision transformer: {error}") from error
     return {
         "kind": "vit",
         "embed_dim": width,
         "depth": len({name.split(".")[1] for name in model if name.startswith("blocks.")}),
         "img_size": setting("DATA", "IMG_SIZE", "img_size", 224),
-        "mlp_ratio": len(mlp) / width,
-        "patch_size": kernel.shape[-1],
-        "num_classes": len(model["head.weight"]),
+        "mlp_ratio": mlp_width / width,
+        "patch_size": patch,
+        "num_classes": classes,
         "num_heads": setting("MODEL", "NUM_HEADS", "num_heads", max(width // 64, 1)),
         "drop_path": setting("MODEL", "DROP_PATH_RATE", "drop_path", 0.0),
         "data_name": DATA_NAMES.get(format_value(sections["DATA"].get("DATASET")).strip("'"), "imagenet2012"),
@@ -334,14 +335,14 @@ def _pop_fixed_table(spec: ReferenceSpec, state: dict[str, np.ndarray]) -> dict[
     return {name: state.pop(name)} if on_one_axis and spec["pe_type"] != "seq_pe" and name in state else {}
 
 
-def _reasons(tables: Mapping[str, np.ndarray], spec: ReferenceSpec) -> dict[str, str]:
+def _reasons(tables: Collection[str], spec: ReferenceSpec) -> dict[str, str]:
     return dict.fromkeys(tables, f"table of the fixed encoding '{spec['pe_type']}', computed here")
 
 
 def num_channels(state: weights.State) -> int:
     """Returns the channels of the images that a model takes; 3 for a model of text."""
-    kernel = state.get("patch_embed.proj.weight")
-    return 3 if kernel is None else np.shape(kernel)[1]
+    kernel = "patch_embed.proj.weight"
+    return weights.shape_of(state, kernel, 4)[1] if kernel in state else 3
 
 
 def fixed_table(config: Config, model_spec: ModelSpec, rows: int) -> np.ndarray:

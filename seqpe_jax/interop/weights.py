@@ -45,6 +45,27 @@ class Rule(NamedTuple):
         return [names[first : first + self.parts] for first in range(0, len(names), self.parts)]
 
 
+def shape_of(state: State, name: str, rank: int) -> tuple[int, ...]:
+    """Returns the shape of an array, from which sizes are read.
+
+    Args:
+      state: arrays by name.
+      name: name of the array.
+      rank: its number of sides.
+
+    Raises:
+      InputError: it is missing, has another number of sides, or one of them is 0.
+    """
+    if name not in state:
+        raise InputError(f"the weights lack {name}: they are not those of these settings")
+    shape = np.shape(state[name])
+    if len(shape) != rank or 0 in shape:
+        raise InputError(
+            f"{name} has the shape {shape}, not one of {rank} sides of at least 1: the weights are damaged"
+        )
+    return shape
+
+
 def make_rules(config: Config) -> list[Rule]:
     """Returns a rule for every parameter of a model of this config, with one block per layer (`model.scan` is not read)."""
     encoding, model = config.encoding, config.model

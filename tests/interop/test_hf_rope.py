@@ -177,6 +177,17 @@ REFUSED = [
     ({}, {"rope_scaling": CASES["linear"]}, "rope_scaling and rope_parameters describe different rotations"),
     ({"rope_type": "dynamic", "factor": 2.0} | ORIGINAL, {}, "original_max_position_embeddings=64 is not read"),
     ({"full_attention": {}}, {}, "layer types and other fields side by side"),
+    # What arithmetic would meet.
+    ({"rope_type": "yarn"}, {"max_position_embeddings": 0}, "rope_type='yarn' needs max_position_embeddings"),
+    (
+        {"rope_type": "yarn"},
+        {"original_max_position_embeddings": "x"},
+        "original_max.* must be a whole number, got 'x'",
+    ),
+    ({"rope_type": "linear", "factor": 10**400}, {}, "factor must be a number of at least 0, got 1000"),
+    ({"rope_type": "proportional", "partial_rotary_factor": 1e308}, {}, "partial_rotary_factor must be a number"),
+    ({"rope_type": 5}, {}, "rope_parameters.rope_type must be a name, got 5"),
+    ({1: 2, "full_attention": {}}, {}, "the name of a setting must be text, got 1"),
 ]
 
 

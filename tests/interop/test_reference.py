@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import from_state_dicts, load_reference
@@ -146,8 +147,24 @@ def test_a_fixed_table_must_be_the_one_that_its_config_describes(goldens):
     state = under(arrays, "param/")
     right, wrong = ({"pe_model.weight": arrays["in/pe"][0] * scale} for scale in (1.0, 1.01))
     sources = [
-        torch_reference.of_spec(spec, lambda table=table: Arrays(state, {}, table, ())) for table in (right, wrong)
+        torch_reference.of_spec(spec, lambda table=table: Arrays(state, {}, table, ()))
+        for table in (right, wrong, {"pe_model.weight": np.zeros(3)}, {"pe_model.weight": np.zeros((9, 7))})
     ]
     _ = torch_model.from_checkpoint(sources[0]).params
-    with pytest.raises(InputError, match="pe_model.weight is not the table of encoding 'rotary'"):
-        _ = torch_model.from_checkpoint(sources[1]).params
+    for source in sources[1:]:
+        with pytest.raises(
+            InputError, match="pe_model.weight (is not the table of encoding 'rotary'|has the shape .3,.)"
+        ):
+            _ = torch_model.from_checkpoint(source).params
+
+
+def test_a_table_of_a_grid_is_left_out_and_not_compared(goldens, tmp_path):
+    from seqpe_jax.interop import torch_model, torch_reference
+
+    spec, arrays = load(goldens, "vit", "rotary_2d_a")
+    save_file(under(arrays, "param/"), tmp_path / "model.safetensors")
+    save_file({"weight": np.zeros((4, 4), np.float32)}, tmp_path / "pe_model.safetensors")
+    sizes = {"MODEL": {"TYPE": "vit_s_16", "NUM_HEADS": spec["num_heads"]}, "DATA": {"IMG_SIZE": spec["img_size"]}}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"PE_TYPE": "rotary", "PE_APPLY_METHOD": "rotary_2d"}))
+    source = torch_reference.read(tmp_path)
+    assert torch_model.from_checkpoint(source).params["model"] and list(source.arrays.left_out) == ["pe_model.weight"]

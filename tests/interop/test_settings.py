@@ -3,12 +3,14 @@
 import functools
 import time
 
+import numpy as np
 import pytest
 
 from seqpe_jax.errors import InputError, format_value
-from seqpe_jax.interop import hf_decoders, hf_images, torch_config
+from seqpe_jax.interop import hf_decoders, hf_images, torch_config, torch_reference
 from seqpe_jax.interop.hf import read_mapping
 from seqpe_jax.interop.settings import Field
+from tests.interop import test_hf_images
 from tests.interop.test_hf_images import HF, TIMM
 
 SPECS = {
@@ -88,6 +90,37 @@ def test_types_and_ranges():
 )
 def test_settings_of_vision_transformers_come_before_their_weights(tmp_path, settings, words):
     refused(lambda: hf_images.read(tmp_path, settings), words)
+
+
+@pytest.mark.parametrize(
+    "name, array, words",
+    [
+        (
+            "patch_embed.proj.weight",
+            np.zeros((12, 1, 0, 2)),
+            "patch_embed.proj.weight has the shape (12, 1, 0, 2), not one of 4",
+        ),
+        ("blocks.0.mlp.fc1.weight", np.zeros(()), "blocks.0.mlp.fc1.weight has the shape (), not one of 2 sides"),
+        ("head.weight", None, "lack head.weight"),
+    ],
+)
+def test_sizes_are_read_from_arrays_that_have_them(tmp_path, name, array, words):
+    """Of timm and of the reference: an array that is no image model's is a line, and no division by zero."""
+    state = test_hf_images.timm_state(3, test_hf_images.PATCHES) | {name: array}
+    state = {
+        key: value for key, value in state.items() if value is not None and (key != "head.bias" or array is not None)
+    }
+    known = hf_images._known_timm(tmp_path / "config.json", TIMM)
+    refused(lambda: hf_images._config_and_rules(known, state, None), words)
+    settings = {"MODEL": {"TYPE": "vit_s_16"}, "PE_TYPE": "nope"}
+    refused(
+        lambda: torch_reference._image_spec(tmp_path / "config.json", settings, state), "no vision transformer", words
+    )
+
+
+def test_more_heads_than_width_are_refused_before_a_head_has_a_width(tmp_path):
+    settings = {"model_type": "gpt2", "vocab_size": 9, "n_layer": 1, "n_embd": 4, "n_head": 5, "n_positions": 8}
+    refused(lambda: hf_decoders.read(tmp_path, settings), "5 heads share a width of 4")
 
 
 def test_a_share_of_a_head_that_rotates_half_a_pair_is_refused(tmp_path):

@@ -2,10 +2,13 @@
 
 MUTATIONS=2000 draws that many command lines in place of the few of every day, and FUZZ=20000 that many settings, configs and
 files, which are read in this process; MUTATION_SEED=N repeats a draw. launch/fuzz.sh does so for hours, with other seeds.
+FUZZ_RESULTS=FILE adds how many of each kind there were, and what they found, to a JSON file.
 """
 
 import collections
 import copy
+import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -15,11 +18,15 @@ import time
 from collections.abc import Callable
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import atomic_write
+from seqpe_jax.models.build import DataSpec, ModelSpec
 from tests.commands import Commands
 from tests.mutations import (
     COMMANDS,
@@ -29,7 +36,11 @@ from tests.mutations import (
     damaged,
     device,
     foreign_cases,
+    foreign_weights,
     read_foreign,
+    read_weights,
+    right_settings,
+    weight_cases,
     write_inputs,
     write_readable,
 )
@@ -37,11 +48,14 @@ from tests.tiny import tiny_config
 from tests.without_compiling import FOLDER, STOPPED
 
 EXAMPLES = int(os.environ.get("MUTATIONS", "24"))
+ROOT = pathlib.Path(__file__).parents[2]
 SEED = int(os.environ.get("MUTATION_SEED", random.SystemRandom().randrange(2**32)))
 SECONDS = float(os.environ.get("MUTATION_SECONDS", "60"))  # of one command; far more than any of them needs
 BYTES = 2 << 30  # likewise
 FUZZ = int(os.environ.get("FUZZ", "60"))
+MANY = 500  # of them
 READ_SECONDS, READ_BYTES = 30.0, 1 << 30  # CPU time and memory of one read in this process
+RESULTS = pathlib.Path(os.environ["FUZZ_RESULTS"]).absolute() if os.environ.get("FUZZ_RESULTS") else None
 MAX_MESSAGE = 10_000  # characters; commands cut what is longer than a fifth of that
 # Output of commands that come to their end without a compiled model.
 FINISHED = {"report": "the whole report", "convert": "written: ", "sweep": "python -m seqpe_jax"}
@@ -143,8 +157,19 @@ def accepts_or_refuses(read: Callable[[], object]) -> bool:
     return accepted
 
 
-def fuzz(strategy: st.SearchStrategy, read: Callable[[object], object]) -> None:
-    """Reads what a strategy draws; some of it must be accepted, and some not, that the draws are worth something."""
+def keep(kind: str, counts: collections.Counter[bool], faults: int) -> None:
+    """Adds the counts of some inputs to the results file, if there is one; counts: by whether they were accepted."""
+    if not RESULTS:
+        return
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    before = stored.get(kind, {})
+    new = {"rounds": 1, "inputs": counts.total(), "refused": counts[False], "accepted": counts[True], "faults": faults}
+    stored[kind] = {name: before.get(name, 0) + count for name, count in new.items()}
+    atomic_write(RESULTS, json.dumps(stored, indent=1) + "\n")
+
+
+def fuzz(kind: str, strategy: st.SearchStrategy, read: Callable[[object], object]) -> None:
+    """Reads what a strategy draws; of many, some must be accepted, and some not, that the draws are worth something."""
     counts: collections.Counter[bool] = collections.Counter()
 
     @draw_settings(FUZZ)
@@ -153,9 +178,15 @@ def fuzz(strategy: st.SearchStrategy, read: Callable[[object], object]) -> None:
         counts[accepts_or_refuses(lambda: read(case))] += 1
 
     print(f"MUTATION_SEED={SEED} FUZZ={FUZZ}")
-    check()
+    try:
+        check()
+    except BaseException:
+        keep(kind, counts, 1)
+        raise
+    keep(kind, counts, 0)
     print(f"{counts[False]} refused, {counts[True]} accepted")
-    assert counts[True] and counts[False], f"MUTATION_SEED={SEED}: {counts}"
+    # A few draws may happen to be all of one sort.
+    assert FUZZ < MANY or (counts[True] and counts[False]), f"MUTATION_SEED={SEED}: {counts}"
 
 
 def test_settings_of_other_programs(tmp_path):
@@ -166,24 +197,73 @@ def test_settings_of_other_programs(tmp_path):
             (tmp_path / kind / name).write_bytes(content)
         read_foreign(kind, tmp_path / kind)
 
-    fuzz(foreign_cases(), read)
+    for case in right_settings():
+        read(case)
+    fuzz("settings of other programs", foreign_cases(), read)
+
+
+def test_weights_of_other_programs(tmp_path):
+    for kind, (settings, files) in foreign_weights().items():
+        (tmp_path / kind).mkdir()
+        for name, content in settings.items():
+            (tmp_path / kind / name).write_bytes(content)
+        for name, arrays in files.items():
+            save_file(arrays, tmp_path / kind / name)
+        read_weights(tmp_path / kind)  # the folder is right before it is changed
+
+    def read(case):
+        kind, files = case
+        for name, arrays in files.items():
+            save_file({array: np.ascontiguousarray(values) for array, values in arrays.items()}, tmp_path / kind / name)
+        read_weights(tmp_path / kind)
+
+    fuzz("weights of other programs", weight_cases(), read)
+
+
+def stored_configs() -> dict[str, dict]:
+    """Returns configs of runs on each kind of data, and with each encoding on text or images, by name."""
+    images = {"eval.sizes": (8,), "batch_size": 8}
+    paths = {"digits_vit": images, "moving_digits_vit": {}, "algorithmic": {}, "stdlib_qa": {}}
+    found = {name: config.to_dict(config.load(str(ROOT / f"configs/{name}.py"), own)) for name, own in paths.items()}
+    found["text"] = config.to_dict(tiny_config())
+    for kind, one in config.ENCODINGS.items():
+        values = copy.deepcopy(found["digits_vit" if one.AXES == "2+" else "text"])
+        values["encoding"] = {"kind": kind} | dataclasses.asdict(one())
+        values["objective"] = config.to_dict(config.Config())["objective"]
+        for loss in ("contrastive", "distillation"):
+            values["objective"][loss]["weight"] = 0.0
+        found[kind] = values
+    return found
 
 
 def test_stored_configs():
-    """As a config.json of an older version, or one that was edited, may be."""
-    flat = [(section, name) for section, values in config.to_dict(tiny_config()).items() for name in fields_of(values)]
+    """As a config.json of an older version, or one that was edited, may be; what is accepted is built, up to its shapes."""
+    bases = stored_configs()
 
-    def read(changes):
-        values = config.to_dict(tiny_config())
-        for (section, name), value in copy.deepcopy(changes):
-            if name and isinstance(values[section], dict):
-                values[section][name] = value
+    def read_values(values):
+        ModelSpec.of(config.from_dict(values), DataSpec(vocabulary=9, classes=9, channels=3))
+
+    for values in bases.values():
+        read_values(values)
+
+    def read(case):
+        name, changes = case
+        values = copy.deepcopy(bases[name])
+        for (section, field), value in copy.deepcopy(changes):
+            if field and isinstance(values[section], dict):
+                values[section][field] = value
             else:
                 values[section] = value
-        config.from_dict(values)
+        read_values(values)
+
+    def changed(name):
+        flat = [(section, field) for section, values in bases[name].items() for field in fields_of(values)]
+        flat += 4 * [one for one in flat if one[0] in ("encoding", "model", "data")]  # which most arithmetic is about
+        change = st.tuples(st.sampled_from(flat), numbers | VALUES)
+        return st.tuples(st.just(name), st.lists(change, min_size=1, max_size=3))
 
     numbers = st.sampled_from((0, 1, 2, 3, 8, 64, 0.5, 1e-3, -1, 10**9, 10**20, True, "none", "seqpe", (1,), [2, 4]))
-    fuzz(st.lists(st.tuples(st.sampled_from(flat), numbers | VALUES), min_size=1, max_size=3), read)
+    fuzz("stored configs", st.sampled_from(tuple(bases)).flatmap(changed), read)
 
 
 def fields_of(values: object) -> tuple[str, ...]:
@@ -203,7 +283,7 @@ def test_damaged_files(tmp_path):
         readers[name](tmp_path / "files" / name)
 
     one = st.sampled_from(tuple(readers)).flatmap(lambda name: st.tuples(st.just(name), damaged(name, contents[name])))
-    fuzz(one, read)
+    fuzz("damaged files", one, read)
 
 
 @pytest.mark.slow
@@ -227,6 +307,7 @@ def test_mutated_commands_and_files(tmp_path):
                 )
     finally:
         commands.close()
+    keep("commands", counts, len(faults))
     print(f"{counts[False]} refused, {counts[True]} accepted, {len(faults)} faults")
     assert not faults, "\n".join([f"MUTATION_SEED={SEED} MUTATIONS={EXAMPLES} repeats this", *faults])
     assert counts[False] and counts[True], f"MUTATION_SEED={SEED}: {counts}"
