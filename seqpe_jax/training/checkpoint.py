@@ -40,9 +40,12 @@ SLOWEST_RATE = 2 * 2**20  # bytes per second at which a process at least writes,
 REPLICA_AXIS = 0  # of a mesh: `data`, over which no array of a state is split
 
 
-def _has_no_save_traceback(record: logging.LogRecord) -> bool:
-    """Filters out the tracebacks that Orbax's threads log: the error is raised as well, and reported in one line."""
-    return not (record.exc_info and "orbax" in record.pathname)
+def _reaches_user(record: logging.LogRecord) -> bool:
+    """Filters out warnings of Orbax (waits for a save are in the run's own clock) and the tracebacks that its threads log.
+
+    Such an error is raised as well, and reported in one line.
+    """
+    return "orbax" not in record.pathname or (record.levelno > logging.WARNING and not record.exc_info)
 
 
 class _IgnoreClosedLoop:
@@ -171,7 +174,7 @@ class Checkpointer:
         self.run = RunDir.of(run)
         self.folder = self.run.checkpoints_dir
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
-        logging.getLogger("absl").addFilter(_has_no_save_traceback)
+        logging.getLogger("absl").addFilter(_reaches_user)
         if create and not isinstance(sys.unraisablehook, _IgnoreClosedLoop):  # a reader saves nothing
             sys.unraisablehook = _IgnoreClosedLoop(sys.unraisablehook)
         if not create and not self.folder.is_dir():

@@ -1,6 +1,7 @@
 """Checkpoints and metrics in a bucket: complete, checked, quarantined, retried."""
 
 import json
+import logging
 import sys
 import types
 
@@ -52,9 +53,12 @@ def steps(workdir):
     return sorted(path.name for path in (as_path(workdir) / CHECKPOINTS_DIR).iterdir())
 
 
-def test_what_is_saved_is_restored_and_damage_is_quarantined(any_store):
+def test_what_is_saved_is_restored_and_damage_is_quarantined(any_store, monkeypatch, caplog):
+    manager = "orbax.checkpoint.checkpoint_manager"
+    monkeypatch.setattr(f"{manager}._WAIT_FOR_PREV_SAVE_WARNING_THRESHOLD_SECS", -1.0)
     folder = as_path(any_store.folder) / CHECKPOINTS_DIR
     save(any_store.folder, 2, 4, 6, keep=2)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "a library warns the user"
     assert steps(any_store.folder) == ["4", "6"] and RunDir(any_store.folder).latest_step() == 6
     step, found = read(any_store.folder)
     assert step == 6
