@@ -65,7 +65,7 @@ def _tokens(folder: pathlib.Path) -> Callable[[], int]:
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(parts, VOCABULARY, special_tokens=["<|endoftext|>"])
     made.save(str(folder / "tokenizer.json"))
-    (folder / "text.json").write_text(json.dumps(parts))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
     encoder = token_encoder.RecordEncoder(load_tokenizer(str(folder / "tokenizer.json")))
     records = [{"text": part.encode(), "name": str(number).encode()} for number, part in enumerate(parts)]
 

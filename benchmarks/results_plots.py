@@ -5,8 +5,10 @@ A plot holds the digest of its results and of the rows that it shows. The plot o
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 import sys
+from collections.abc import Callable
 
 import matplotlib
 from PIL import Image
@@ -16,7 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from stored_studies import STORED, is_stored, study_of
 
 from seqpe_jax.reporting import plot_style, plots
-from seqpe_jax.reporting.study import Study
+from seqpe_jax.reporting.load_run import check_evaluation
+from seqpe_jax.reporting.study import Run, Study
 
 STUDIES = {
     "study_text_fair+study_seqpe_recipe": plots.extrapolation,
@@ -30,6 +33,7 @@ ROWS = {
     "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
     "study_images": ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "learned", "fire", "rotary"),
 }
+SUITES = ("retrieval_suites",)  # probes that `results.py --suites` stored
 DIGEST = "Source"  # of the PNG's texts
 
 
@@ -39,29 +43,41 @@ def shown(name: str) -> Study:
     return dataclasses.replace(study, runs=[run for run in study.runs if run.row in ROWS.get(study.name, (run.row,))])
 
 
+def asked_run(name: str) -> Run:
+    """Returns the run whose probes are stored in docs/results/NAME.json."""
+    content = json.loads((STORED / f"{name}.json").read_text())
+    evaluation = check_evaluation({"results": [], "suites": content["suites"]}, f"docs/results/{name}.json")
+    return Run(name, content["config"], [], evaluation, None, None)
+
+
 def update(check: bool) -> int:
     """Draws and writes the plots that are stale, or says which are; returns the exit code."""
     stale = 0
     for name, draw in STUDIES.items():
-        if not is_stored(name):
-            continue
         parts = name.split("+")
-        path = STORED / f"{parts[0]}.png"
         files = [STORED / f"{part}.csv" for part in parts if is_stored(part)]
-        of = b"".join(file.read_bytes() for file in files) + repr(ROWS.get(parts[0])).encode()
-        digest = hashlib.sha256(of).hexdigest()
-        if path.exists() and Image.open(path).text.get(DIGEST) == digest:
-            continue
-        stale += 1
-        if check:
-            print(
-                f"docs/results/{path.name} is not of {' and '.join(file.name for file in files)}: run benchmarks/results.py",
-                file=sys.stderr,
-            )
-            continue
-        with matplotlib.rc_context(plot_style.RC_PARAMS):
-            plot = draw(shown(name))
-            plot.figure.savefig(path, dpi=plot_style.DPI, metadata={DIGEST: digest})
-        plots.close(plot)
-        print(f"written: docs/results/{path.name}")
+        if is_stored(name):
+            rows = repr(ROWS.get(parts[0]))
+            stale += _update_plot(check, parts[0], files, rows, lambda name=name, draw=draw: draw(shown(name)))
+    for name in SUITES:
+        if (path := STORED / f"{name}.json").exists():
+            stale += _update_plot(check, name, [path], "", lambda name=name: plots.suite_depth(asked_run(name)))
     return int(check and stale > 0)
+
+
+def _update_plot(check: bool, name: str, files: list[pathlib.Path], rows: str, draw: Callable[[], plots.Plot]) -> int:
+    """Draws docs/results/NAME.png where it is not of files and rows, or says so; returns the number of stale plots."""
+    path = STORED / f"{name}.png"
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files) + rows.encode()).hexdigest()
+    if path.exists() and Image.open(path).text.get(DIGEST) == digest:
+        return 0
+    if check:
+        of = " and ".join(file.name for file in files)
+        print(f"docs/results/{path.name} is not of {of}: run benchmarks/results.py", file=sys.stderr)
+        return 1
+    with matplotlib.rc_context(plot_style.RC_PARAMS):
+        plot = draw()
+        plot.figure.savefig(path, dpi=plot_style.DPI, metadata={DIGEST: digest})
+    plots.close(plot)
+    print(f"written: docs/results/{path.name}")
+    return 1

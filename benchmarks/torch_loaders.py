@@ -4,7 +4,6 @@ Gets the mode, a folder and the size of images; prints "ready" and versions; the
 the CPU seconds.
 """
 
-import json
 import pathlib
 import sys
 import time
@@ -40,7 +39,7 @@ def tokens(folder: pathlib.Path, size: int):
     datasets.disable_caching()
     datasets.disable_progress_bars()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    data = datasets.Dataset.from_dict({"text": json.loads((folder / "text.json").read_text())})
+    data = datasets.load_dataset("json", data_files=str(folder / "text.jsonl"), split="train", cache_dir=str(folder))
     versions = f"datasets {datasets.__version__}, transformers {transformers.__version__}"
     return versions, lambda: data.map(
         lambda batch: tokenizer(batch["text"]), batched=True, remove_columns=["text"], load_from_cache_file=False
