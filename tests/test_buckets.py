@@ -141,6 +141,15 @@ def test_an_object_that_must_be_new_is(any_store):
     assert path.read_bytes() == b"first"
 
 
+@pytest.mark.parametrize("code, exists", [("ConditionalRequestConflict", True), ("412", True), ("SlowDown", False)])
+def test_a_write_at_the_same_moment_is_one_of_an_object_that_exists(code, exists):
+    """What S3 answers when two processes create an object at once; s3fs has no exception of its own for it."""
+    error, cause = OSError("failed"), Exception()
+    cause.response = {"Error": {"Code": code}}
+    error.__cause__ = cause
+    assert stores.S3().exists_already(error) is exists
+
+
 def test_what_others_write_is_seen(any_store):
     import fsspec
 
@@ -149,6 +158,11 @@ def test_what_others_write_is_seen(any_store):
     assert [path.name for path in folder.iterdir()] == ["ours"]
     fsspec.filesystem(any_store.scheme[:2], skip_instance_cache=True).pipe_file(f"{any_store.folder}/theirs", b"")
     assert [path.name for path in folder.iterdir()] == ["ours", "theirs"] and (folder / "theirs").is_file()
+    versions = set()
+    for content in (b"1", b"2"):  # of the same size, within a second
+        (folder / "theirs").write_bytes(content)
+        versions.add(folder.file_versions())
+    assert len(versions) == 2
 
 
 def test_checksums_of_s3_are_of_the_content_however_it_was_written(s3_store, tmp_path):

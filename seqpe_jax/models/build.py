@@ -20,6 +20,7 @@ from seqpe_jax.config import Config
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.position_signal import ParamBounds, PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
+from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention_tpu import KernelBlocks
 from seqpe_jax.models.decoder import Decoder
 from seqpe_jax.models.transformer import TransformerConfig
@@ -284,8 +285,14 @@ def position_grid_of(config: Config) -> PositionGrid:
 
 
 def _network(config: Config, data_spec: DataSpec) -> Decoder | ViT:
-    """The network of a config."""
+    """The network of a config. Raises: InputError: the sizes of its data leave no model."""
     model, encoding = config.model, config.encoding
+    for name in ("classes", "channels") if model.kind == "vit" else ("vocabulary",):
+        if getattr(data_spec, name) < 1:
+            raise InputError(
+                f"the data of model.kind='{model.kind}' have {name}={getattr(data_spec, name)}, and it needs at least 1: "
+                "sizes.json of the run is not that of its config.json"
+            )
     parts = dataclasses.asdict(model.parts)
     if parts["attention_scale"] == model.parts.head_width**-0.5:
         parts["attention_scale"] = None  # attention divides by sqrt(K), as it always has

@@ -266,6 +266,14 @@ def test_stored_configs():
     fuzz("stored configs", st.sampled_from(tuple(bases)).flatmap(changed), read)
 
 
+@pytest.mark.parametrize(
+    "name, sizes, words", [("text", (0, 9, 3), "vocabulary=0"), ("digits_vit", (9, 9, 0), "channels=0")]
+)
+def test_sizes_of_the_data_that_leave_no_model_are_refused(name, sizes, words):
+    with pytest.raises(InputError, match=words):
+        ModelSpec.of(config.from_dict(stored_configs()[name]), DataSpec(*sizes))
+
+
 def fields_of(values: object) -> tuple[str, ...]:
     """Returns the names of a section's fields, and "" for the section itself."""
     return ("", *values) if isinstance(values, dict) else ("",)
