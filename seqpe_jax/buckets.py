@@ -256,7 +256,7 @@ def _is_outage(error: BaseException | None) -> bool:
     while error is not None:
         answer = getattr(error, "response", None)
         answer = answer.get("ResponseMetadata", {}) if isinstance(answer, dict) else {}
-        status = getattr(error, "code", None) or answer.get("HTTPStatusCode")
+        status = getattr(error, "status", None) or getattr(error, "code", None) or answer.get("HTTPStatusCode")
         if isinstance(status, int):
             return status >= 500 or status in (408, 429)
         if isinstance(error, TimeoutError):

@@ -105,7 +105,10 @@ def test_what_fails_for_good_is_one_failure(any_store, monkeypatch):
         with pytest.raises(Outage, match="cannot be read: the request failed") as caught:  # at the start of a command
             check()
         assert caught.value.code == 75 and "\n" not in str(caught.value)
-    assert any_store.failed() > 5
+    any_store.fail(503)
+    with pytest.raises(StoreError):
+        path.read_bytes()
+    assert any_store.failed() == {"gs://": 6, "s3://": 12}[any_store.scheme], "as often as docs/pods.md says"
 
 
 def test_an_answer_that_does_not_come_is_asked_for_again(any_store, monkeypatch):
