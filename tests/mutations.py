@@ -545,11 +545,11 @@ def read_foreign(format: str, folder: pathlib.Path) -> None:
     if format in ("timm", "vit"):
         file = folder / "config.json"
         settings = hf.read_mapping(file)
-        known = (
-            hf_images._known_timm(file, settings) if format == "timm" else hf_images._known_hf(file, settings, folder)
-        )
-        assert known.heads >= 1 and min(known.side) >= 1
-        return
+        if hf_images.is_image_folder(settings):
+            timm = "architecture" in settings
+            known = hf_images._known_timm(file, settings) if timm else hf_images._known_hf(file, settings, folder)
+            assert known.heads >= 1 and min(known.side) >= 1
+            return
     torch_reference.read(folder)
 
 
