@@ -642,7 +642,7 @@ def weight_cases(draw: st.DrawFn) -> tuple[str, Weights]:
             arrays[draw(st.sampled_from(ARRAY_NAMES))] = np.zeros(draw(st.sampled_from(((), (0,), (3, 12), sides))))
         elif how == "type":
             kinds = (np.float16, np.float64, np.int8, np.uint64, np.bool_, ml_dtypes.bfloat16)
-            with np.errstate(invalid="ignore"):
+            with np.errstate(all="ignore"):
                 arrays[name] = arrays[name].astype(draw(st.sampled_from(kinds)))
         elif how == "number":
             arrays[name] = np.full(sides, draw(st.sampled_from((np.nan, -np.inf, 1e-45, 3e38))), np.float32)

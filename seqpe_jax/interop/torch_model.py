@@ -155,9 +155,11 @@ def check_params(params: Any, shapes: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if leaf.shape != wanted.shape:
             raise InputError(f"parameter {name} has shape {leaf.shape}, but the config asks for {wanted.shape}")
-        if not np.isfinite(leaf.astype(np.float32)).all():
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers beyond float32 are refused as infinite ones
+            array = leaf.astype(np.float32)
+        if not np.isfinite(array).all():
             raise InputError(f"parameter {name} holds NaN or infinite values: the checkpoint is of a run that failed")
-        return leaf.astype(np.float32)
+        return array
 
     return jax.tree_util.tree_map_with_path(check, params, shapes)
 
