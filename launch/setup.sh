@@ -34,7 +34,8 @@ fi
 echo "set-up: installing into .venv with $("$python" --version) (about 1 GB, one or two minutes)"
 rm -f .venv/installed
 "$python" -m venv --clear .venv
-.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt |
+# Bytecode is written by the first process that imports a module: of all 13,000, most of which none imports, it takes a minute.
+.venv/bin/python -m pip install --disable-pip-version-check --no-compile -r requirements.txt -r tests/requirements.txt |
   awk '/^Collecting/ { printf "."; fflush() } /^Installing/ { printf " unpacking"; fflush() } END { print "" }'
 # The package itself, as a link to this tree: scripts of examples/ and the command `seqpe_jax` find it from any folder.
 .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .

@@ -13,6 +13,15 @@ from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.training.step import TrainState, create_train_state
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Overrides of SeqPE with each part that its signal may have, in some heads.
+COMPOSED = {
+    "encoding__qk": "multi",
+    "encoding__feature_width": 3,
+    "encoding__position_heads": 1,
+    "encoding__rotary_pairs": 4,
+    "encoding__rotary_heads": 1,
+    "encoding__log_scaling": True,
+}
 
 
 def tiny_config(**overrides) -> Config:

@@ -16,7 +16,7 @@ from seqpe_jax.inference.compiled import CompiledModel
 from seqpe_jax.inference.decode import Sampling
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.training.trainer import Trainer
-from tests.tiny import every_part, random_params, tiny_config
+from tests.tiny import COMPOSED, every_part, random_params, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -60,21 +60,12 @@ def uncached(run, params, prompts, found, window: int):
     return [row[at : at + len(one.tokens)] for row, at, one in zip(logits_BLV, starts, found, strict=True)]
 
 
-COMPOSED = {
-    "encoding__qk": "multi",
-    "encoding__feature_width": 3,
-    "encoding__position_heads": 1,
-    "encoding__rotary_pairs": 4,
-    "encoding__rotary_heads": 1,
-    "encoding__log_scaling": True,
-}
 INTERPOLATED = {"encoding__resize": "interpolate", "encoding__fraction_digits": 1}
 WINDOW = {"model__window": 6, "model__kv_heads": 1}  # rings, which prompts of 1 to 20 tokens and 20 more go around
 DYNAMIC = {"encoding__scaling": "dynamic", "encoding__scaling_factor": 2.0}  # rotations by the length of the window
 # Each field of a signal, of all layers or of each: embedded, rotated, scaled, shifted, rank-F bias, relative bias, gates.
 CASES = [
     ("seqpe", {"encoding__mode": "input_add", "encoding__qk": "none"}),
-    ("seqpe", {"encoding__mode": "attn_add", "encoding__qk": "multi"}),
     ("seqpe", {"encoding__mode": "attn_mul", "encoding__qk": "multi", "encoding__per_head": False}),
     ("seqpe", COMPOSED | every_part("seqpe", "cable")),
     ("seqpe", COMPOSED | INTERPOLATED),

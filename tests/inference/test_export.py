@@ -16,7 +16,7 @@ from seqpe_jax.inference import export as serving
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.tasks.base import ExportSignature
 from seqpe_jax.training.trainer import Trainer
-from tests.tiny import ROOT, every_part, random_params, tiny_config
+from tests.tiny import COMPOSED, ROOT, every_part, random_params, tiny_config
 from tests.training.test_image_commands import TINY
 
 LENGTHS = ((1, 9), (3, 32))  # batch and length; windows of training have 16
@@ -73,14 +73,6 @@ def windows(vocabulary=256):
     return [draw.integers(0, vocabulary, size).astype(np.int32) for size in LENGTHS]
 
 
-COMPOSED = {
-    "encoding__qk": "multi",
-    "encoding__feature_width": 3,
-    "encoding__position_heads": 1,
-    "encoding__rotary_pairs": 4,
-    "encoding__rotary_heads": 1,
-    "encoding__log_scaling": True,
-}
 # Each field of a signal: tables of vectors, rotations, embedded positions, rank-F and relative biases, gates, polar.
 TEXTS = {
     "composed": COMPOSED,

@@ -15,11 +15,11 @@ from seqpe_jax.models.transformer import TransformerConfig
 from tests.models.test_attention import (
     BACKENDS,
     BATCH,
+    CASES,
     GROUPED,
     HEADS,
     LENGTH,
     LIMITS,
-    NAMES,
     QKV,
     WIDTH,
     of_groups,
@@ -80,7 +80,7 @@ def check_prefill_and_decode(backend: str, signal: PositionSignal, gates: bool, 
 @pytest.mark.parametrize(
     "backend, cases",
     [
-        ("reference", [(name,) for name in NAMES] + [ALL_FIELDS]),
+        ("reference", [(name,) for name in dict.fromkeys(name for name, *_ in CASES)] + [ALL_FIELDS]),
         ("blockwise", [("rotation",), ALL_FIELDS]),
         pytest.param("flash", [("rotation", "position_query_key")], marks=pytest.mark.slow),
     ],

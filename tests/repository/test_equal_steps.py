@@ -113,7 +113,7 @@ def test_a_batch_read_in_parts_is_the_batch():
         ("questions", 2, {"fsdp": 2, "context": 4, "context_attention": "ring"}),
         pytest.param("text", 1, {"fsdp": 2, "context": 4, "context_attention": "ring"}, marks=pytest.mark.long),
         ("text", 4, {"data": 2, "context": 2, "tensor": 2}),
-        ("images", 2, {"data": 4, "tensor": 2}),
+        pytest.param("images", 2, {"data": 4, "tensor": 2}, marks=pytest.mark.long),
     ],
     ids=str,
 )
