@@ -115,7 +115,7 @@ class DataConfig:
     text_key: str = _field(
         "text", "text: field of a record that holds its text; a.b = field b of field a", of=(DATA_TEXT,)
     )
-    raw: bool = _field(False, "text_files: read files of JSON records as they are", of=(DATA_TEXT,))
+    raw: bool = _field(False, "text_files: read files of JSON records, and tables, as they are", of=(DATA_TEXT,))
     lossy_tokenizer: bool = _field(False, "accept text that does not come back from its tokens", of=TOKENIZED)
     probe: str = _field(
         "passkey",

@@ -12,6 +12,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text; it
 HEAD_BYTES = 1 << 16  # of a file that are read for detection
 JSON_HEAD_BYTES = 1 << 20  # of a file that starts like JSON
 MAX_JSON_LINES = 20  # that are parsed for detection
+TABLE_SUFFIXES = (".csv", ".tsv")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 MAX_ZERO_BYTE_SHARE = 1 / 16  # text has no zero bytes, UTF-16 every other one, a tar archive of texts complete blocks
 
 HOW_TO_UNPACK = "unpack it"
@@ -77,25 +79,41 @@ def check_plain_text(head: bytes, name: str) -> None:
         found.append(("binary, or UTF-16 text without a byte order mark", HOW_TO_EXTRACT_TEXT))
     if found:
         file_format, fix = found[0]
-        raise InputError(f"{name} is {file_format}, but plain UTF-8 text is expected: {fix}, or leave it out")
+        choice = "" if fix.endswith("leave it out") else ", or leave it out"
+        raise InputError(f"{name} is {file_format}, but plain UTF-8 text is expected: {fix}{choice}")
+
+
+def check_no_table(file: pathlib.Path, name: str) -> None:
+    """Refuses a file that is named as a table; name: the option and the file, for the message. Raises: InputError: says how to convert it."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes[-1:] and suffixes[-1] in COMPRESSED_SUFFIXES:
+        suffixes.pop()
+    if suffixes[-1:] and suffixes[-1] in TABLE_SUFFIXES:
+        raise InputError(
+            f"{name} is named as a table, which would be trained on with its commas and quotes: make JSON lines of it (python -c "
+            "'import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin)]' < OLD > NEW.jsonl) and name "
+            "the column of the text with data.text_key, or rename it to .txt if it is text"
+        )
 
 
 def check_text_file(file: pathlib.Path, option: str = "data.paths", *, raw: bool = False) -> None:
-    """Refuses a file of a corpus that is another format than plain text, or JSON records.
+    """Refuses a file of a corpus that is another format than plain text, or JSON records or a table.
 
     Args:
       file: path of the file.
       option: the option that names it, for messages.
-      raw: accept JSON records as plain text (`data.raw`).
+      raw: accept JSON records and tables as plain text (`data.raw`).
 
     Raises:
-      InputError: see `check_plain_text`; or JSON records; or unreadable.
+      InputError: see `check_plain_text`; or JSON records or a table; or unreadable.
     """
     name = f"{option}: '{file}'"
     try:
         with open(file, "rb") as content:
             head = content.read(HEAD_BYTES)
             check_plain_text(head, name)
+            if not raw:
+                check_no_table(file, name)
             if raw or strip_bom(head).lstrip()[:1] not in (b"{", b"["):
                 return
             head += content.read(JSON_HEAD_BYTES - HEAD_BYTES)

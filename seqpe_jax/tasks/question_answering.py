@@ -12,6 +12,7 @@ import numpy as np
 
 from seqpe_jax.config import check_positions
 from seqpe_jax.data import loader, qa, registry
+from seqpe_jax.data.datasets.qa_jsonl import QaJsonl
 from seqpe_jax.data.datasets.retrieval import NAME as RETRIEVAL
 from seqpe_jax.data.retrieval import RetrievalQuestions
 from seqpe_jax.data.tokenizers import RoundTrip, RoundTripLoss, check_round_trip
@@ -113,6 +114,12 @@ class QuestionAnswering(LanguageModeling):
         lines = source.describe()
         end = f"byte {self.end}" if self.tokenizer.name == "bytes" else self._describe_token(self.end)
         lines.append(f"answers end with {end}")
+        data = self.config.data
+        if data.name == QaJsonl.name and QaJsonl.is_one_file(data.paths):
+            lines.append(
+                "one file is every split: evaluations ask the questions that training reads (a folder with train.jsonl, "
+                "validation.jsonl and test.jsonl has others)"
+            )
         every = max(1, len(source) // ANSWER_SAMPLE)
         sample = [accepted for _, _, accepted in itertools.islice(source.questions(), 0, None, every)]
         if cut := self._count_cut_off(sample):

@@ -256,6 +256,10 @@ def test_folders_one_level_off_are_refused(tmp_path, names, words):
         write(tmp_path / "photos" / name / "0.png")
     with pytest.raises(InputError, match=words):
         folder(tmp_path / "photos", "train")
+    (tmp_path / "photos" / "labels.csv").write_text("file,label\n")
+    if names == ["cat"]:
+        with pytest.raises(InputError, match=r"needs at least two: give '\S+/photos/labels.csv' as data.paths, if it names"):
+            folder(tmp_path / "photos", "train")
 
 
 def test_splits_below_a_folder_that_holds_them_alone_are_found(split_folders, tmp_path, capsys):

@@ -16,6 +16,8 @@ from seqpe_jax import config
 from seqpe_jax.data.datasets.base import SPLITS
 from seqpe_jax.data.datasets.text import Text
 from seqpe_jax.data.datasets.text_base import split_document, stream_parts
+from seqpe_jax.data.datasets.text_records import detect
+from seqpe_jax.data.formats import check_text_file
 from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.data.tokens import token_source
 from seqpe_jax.errors import InputError
@@ -169,7 +171,7 @@ def test_a_few_records_without_text_are_counted_and_more_are_refused(tmp_path, c
     file.write_bytes(json_lines(RECORDS * 6 + bad))
     assert len(all_texts(documents(file))) == 600
     shown = capsys.readouterr().err
-    assert "no field 'text': 1, first in 'a.jsonl' record 602" in shown and "null" in shown
+    assert "no field 'text': 1, first in 'a.jsonl' record 602 with other" in shown and "null" in shown
     file.write_bytes(json_lines(RECORDS + bad))
     with pytest.raises(InputError, match=r"5 of 105 records have no text .*at most 1% may"):
         documents(file)
@@ -207,6 +209,7 @@ def test_what_is_not_meant_is_refused(tmp_path):
     refused("a.parquet", parquet(), "no column 'body', but text, meta", text_key="body")
     refused("a.txt", b"plain", "text_key='body' is for records", text_key="body")
     refused("a.parquet", parquet(), "data.split_on='x' is for plain text, but .* has records", split_on="x")
+    refused("rows.TSV.gz", gzip.compress(b"id\ttext\n1\ta\n"), "rows.TSV.gz' is named as a table, which would be trained on")
     refused("a.zip", b"PK\x03\x04", "a zip archive")
     refused("latin.txt", b"caf\xe9 " * 30, "not UTF-8 text: byte 0xe9 at offset 3")
     (tmp_path / "a.jsonl").write_bytes(json_lines())
@@ -215,6 +218,12 @@ def test_what_is_not_meant_is_refused(tmp_path):
     (tmp_path / "stray.txt").write_text("stray")
     with pytest.raises(InputError, match="records .a.jsonl. and to plain text .stray.txt."):
         documents(tmp_path)
+    table = tmp_path / "rows.csv"
+    table.write_text('id,text\n1,"so, it is"\n')
+    with pytest.raises(InputError, match="is named as a table"):
+        check_text_file(table)
+    check_text_file(table, raw=True)
+    assert detect(table.rename(tmp_path / "rows.csv.txt"), "rows").kind == "text"
     with pytest.raises(InputError, match="TFDS has no 'squat'. Did you mean 'squad'"):
         Text.sources(("tfds:squat",))
 

@@ -74,6 +74,7 @@ def test_the_start_says_how_texts_end(tokenizer, texts, asked, tmp_path):
     assert "answers end with '[EOS]' (token 4)" in QuestionAnswering(questions).describe()
     in_bytes = QuestionAnswering(settings("bytes", asked, data__name="qa_jsonl")).describe()
     assert "answers end with byte 0" in in_bytes and "loses" not in in_bytes
+    assert "one file is every split: evaluations ask the questions that training reads" in in_bytes
 
 
 def test_a_run_ends_its_texts_as_it_began(tokenizer, texts, tmp_path):

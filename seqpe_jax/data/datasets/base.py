@@ -192,7 +192,7 @@ def prepared_split(
     if split not in builder.info.splits:
         raise InputError(
             f"data set '{name}' has no {builder.ITEM_NAME} in split '{split}' (it has {', '.join(builder.info.splits)}): "
-            "give more data in data.paths"
+            "give more data in data.paths, or, where it is given as files, one whose name says the split"
         )
     return builder.as_data_source(split=split)
 

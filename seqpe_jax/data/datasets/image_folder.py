@@ -111,8 +111,8 @@ class ImageFolder:
                         warn(f"data.paths: skipped in '{where}': {skipped}")
         if not len(files):
             raise InputError(
-                f"data.paths: split '{split}' of '{root}' is empty: give more images, or make the folders train, "
-                "validation and test yourself"
+                f"data.paths: split '{split}' of '{root}' is empty: give more images, or say the splits yourself: in folders train, "
+                "validation and test, or in a column 'split' of a CSV file of labels"
             )
         title = f"{cls.name}/{split}"
         verified = cache / "verified" / f"{cls.name}-{fingerprint_of(str(folder), files.status)}"
@@ -399,6 +399,8 @@ def _check_classes(folder: pathlib.Path, class_names: tuple[str, ...], split: st
     while len(below := _subfolders(inner)) == 1 and not _has_images(inner):
         inner = inner / below[0]
     fix = "give a folder with two class folders or more"
+    if tables := [name for name in _names(folder) if is_label_file(folder / name)]:
+        fix = f"give '{folder / tables[0]}' as data.paths, if it names the classes"
     if len(below) > 1:
         fix = f"give '{inner}' as data.paths, if its folders ({', '.join(below[:MAX_CLASSES_SHOWN])}, ...) are the classes"
     raise InputError(

@@ -25,12 +25,17 @@ class QaJsonl:
         """Returns the file of a split. Raises: InputError: there is none."""
         registry.get(cls.name).check_paths(paths)
         path = pathlib.Path(paths[0]).expanduser().absolute()
-        file = path / f"{split}.jsonl" if path.is_dir() else path
+        file = path if cls.is_one_file(paths) else path / f"{split}.jsonl"
         if not file.is_file():
             present = [name for name in SPLITS if (path / f"{name}.jsonl").is_file()]
             has = f" (the folder has {', '.join(present)})" if present else ""
             raise InputError(f"data.paths: '{file}' does not exist{has}; {QA_JSONL_USAGE}")
         return file
+
+    @classmethod
+    def is_one_file(cls, paths: tuple[str, ...]) -> bool:
+        """Returns whether `data.paths` is a single file, which is every split."""
+        return not pathlib.Path(paths[0]).expanduser().is_dir()
 
 
 def lines(file: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:

@@ -23,6 +23,7 @@ from seqpe_jax.data.formats import (
     BYTE_ORDER_MARK,
     HEAD_BYTES,
     JSON_HEAD_BYTES,
+    check_no_table,
     check_plain_text,
     first_json_record,
     is_json_lines,
@@ -187,10 +188,10 @@ class TextFile:
         with _naming(self.path):
             for number, record in read(key, select):
                 bad.seen += 1
-                where = f"'{self.name}' record {number + 1}"
                 text, reason = text_of(record, key)
                 if text is None:
-                    bad.add(where, reason)
+                    fields = f" with {', '.join(map(str, list(record)[:5]))}" if isinstance(record, dict) else ""
+                    bad.add(f"'{self.name}' record {number + 1}{fields}", reason)
                 else:
                     yield number, text
 
@@ -294,7 +295,7 @@ def detect(path: pathlib.Path, name: str) -> TextFile:
     """Returns a file with the format of its content.
 
     Raises:
-      InputError: no format that holds text, a JSON file that is not of JSON lines, or unreadable.
+      InputError: no format that holds text, a JSON file that is not of JSON lines, a table, or unreadable.
     """
     with _naming(path):
         compressed = _opener(path) is not None
@@ -305,6 +306,7 @@ def detect(path: pathlib.Path, name: str) -> TextFile:
             raise InputError(f"data.paths: '{path}' is a compressed file of another format ({kind}): unpack it")
         if kind is None:
             check_plain_text(head, f"data.paths: '{path}'")
+            check_no_table(path, f"data.paths: '{path}'")
             if head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"["):  # a record may be long
                 with _stream(path) as stream:
                     head = stream.read(JSON_HEAD_BYTES)
