@@ -49,9 +49,12 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
     }
 
 
-def train_arguments(workdir: pathlib.Path, text: pathlib.Path, config: str = CONFIG, **overrides: object) -> list[str]:
-    """Returns the options of `train` on a tiny config; overrides with `__` for the dot."""
-    fields = {"data.paths": str(text)} | {name.replace("__", "."): value for name, value in overrides.items()}
+def train_arguments(
+    workdir: pathlib.Path, text: pathlib.Path | None, config: str = CONFIG, **overrides: object
+) -> list[str]:
+    """Returns the options of `train` on a tiny config; overrides with `__` for the dot. The config names its text if none is given."""
+    fields = {} if text is None else {"data.paths": str(text)}
+    fields |= {name.replace("__", "."): value for name, value in overrides.items()}
     options = [f"--config.{name}={value}" for name, value in fields.items()]
     return [f"--config={config}", f"--workdir={workdir}", *options]
 

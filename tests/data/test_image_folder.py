@@ -258,7 +258,9 @@ def test_folders_one_level_off_are_refused(tmp_path, names, words):
         folder(tmp_path / "photos", "train")
     (tmp_path / "photos" / "labels.csv").write_text("file,label\n")
     if names == ["cat"]:
-        with pytest.raises(InputError, match=r"needs at least two: give '\S+/photos/labels.csv' as data.paths, if it names"):
+        with pytest.raises(
+            InputError, match=r"needs at least two: give '\S+/photos/labels.csv' as data.paths, if it names"
+        ):
             folder(tmp_path / "photos", "train")
 
 

@@ -209,7 +209,9 @@ def test_what_is_not_meant_is_refused(tmp_path):
     refused("a.parquet", parquet(), "no column 'body', but text, meta", text_key="body")
     refused("a.txt", b"plain", "text_key='body' is for records", text_key="body")
     refused("a.parquet", parquet(), "data.split_on='x' is for plain text, but .* has records", split_on="x")
-    refused("rows.TSV.gz", gzip.compress(b"id\ttext\n1\ta\n"), "rows.TSV.gz' is named as a table, which would be trained on")
+    refused(
+        "rows.TSV.gz", gzip.compress(b"id\ttext\n1\ta\n"), "rows.TSV.gz' is named as a table, which would be trained on"
+    )
     refused("a.zip", b"PK\x03\x04", "a zip archive")
     refused("latin.txt", b"caf\xe9 " * 30, "not UTF-8 text: byte 0xe9 at offset 3")
     (tmp_path / "a.jsonl").write_bytes(json_lines())

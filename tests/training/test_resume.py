@@ -1,4 +1,7 @@
-"""A run that is killed or stopped at any moment and resumed ends bit-equal to an uninterrupted one."""
+"""A run that is killed or stopped at any moment and resumed ends bit-equal to an uninterrupted one.
+
+Its windows are of two sources, several documents in each.
+"""
 
 import os
 import pathlib
@@ -12,6 +15,7 @@ import pytest
 
 from tests.commands import train_arguments
 from tests.run_files import arrays, bits, lines, measured, newest
+from tests.tiny_text import write_mixture
 
 pytestmark = pytest.mark.slow
 
@@ -76,8 +80,9 @@ def interrupt(commands, running, workdir: pathlib.Path, moment, number: int):
 
 def test_a_run_interrupted_at_every_moment_ends_as_one_that_was_not(commands, text, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert commands("train", *train_arguments(straight, text, **FIELDS)).code == 0
-    arguments, saved = train_arguments(stopped, text, **FIELDS), 0
+    fields = FIELDS | {"config": f"{write_mixture(tmp_path, text)}:alibi"}
+    assert commands("train", *train_arguments(straight, None, **fields)).code == 0
+    arguments, saved = train_arguments(stopped, None, **fields), 0
     for moment, number in MOMENTS:
         result = interrupt(commands, commands.start("train", *arguments), stopped, moment, number)
         step = newest(stopped)
@@ -98,7 +103,7 @@ def test_a_run_interrupted_at_every_moment_ends_as_one_that_was_not(commands, te
     result = commands("train", *arguments)
     assert result.code == 0 and f"resuming at step {saved}" in result.out, result.err
     assert measured(stopped) == measured(straight)
-    assert [line["step"] for line in lines(stopped) if "eval/loss@16" in line] == [20, 40, 60]
+    assert [line["step"] for line in lines(stopped) if "source/few/loss@16" in line] == [20, 40, 60]
     expected, found = (bits(arrays(workdir, STEPS)) for workdir in (straight, stopped))
     assert expected == found and len(expected) > 20
     before, after = arrays(straight, STEPS - EVERY), arrays(straight, STEPS)
