@@ -183,8 +183,10 @@ def test_the_headline_says_what_the_first_study_with_results_says(monkeypatch, t
         patch.setattr(stored, "STORED", tmp_path)
         before = headline(("seqpe-1", 2.0))
         assert "(docs/results/study_text.png)" in before and script.OLDER in before
-        assert "1 runs and 2 trials so far. Rows with missing runs: seqpe, fox." in before
+        assert "1 runs and 2 trials so far. Best trials" in before, "no row is finished, so that none is named"
         assert "fox-t 1.500 (of 1 trials)" in before
+        part = headline(("seqpe-1", 2.0), ("seqpe-2", 2.1), ("fox-1", 1.5))
+        assert "3 runs and 2 trials so far. Rows with missing runs: fox." in part
         after = headline(("seqpe-1", 2.0), ("seqpe-2", 2.1), ("fox-1", 1.5), ("fox-2", 1.61))
         assert (
             "(docs/results/study_text_fair.png)" in after and script.OLDER not in after and "not finished" not in after
