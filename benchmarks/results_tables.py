@@ -176,9 +176,10 @@ def published_table(name: str) -> str:
 
 def store_suites(folder: str, name: str) -> int:
     """Stores the probes that a run has been asked, without its answers, in docs/results/NAME.json; returns the exit code."""
-    evaluation = json.loads((pathlib.Path(folder) / "evaluation.json").read_text())
+    path = pathlib.Path(folder) / "evaluation.json"
+    evaluation = json.loads(path.read_text()) if path.is_file() else {}
     if "suites" not in evaluation:
-        print(f"error: {folder}/evaluation.json has no suites: run evaluate --suite", file=sys.stderr)
+        print(f"error: {path} is missing or has no suites: run evaluate --suite", file=sys.stderr)
         return 2
     settings = json.loads((pathlib.Path(folder) / "config.json").read_text())
     content = {"config": settings, "step": evaluation["step"], "suites": evaluation["suites"]}
