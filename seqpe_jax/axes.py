@@ -109,6 +109,18 @@ def copy_per_shard(field: Any, over: str = BATCH, *names: str | None) -> Any:
     return field if sharding is None else sharding.copy_per_shard(field, over, names)
 
 
+def gather_sets(rows_RE: Any, num_sets: int, length: int, batch: int) -> Any:
+    """Returns the set i mod P of each sample i of a batch that is split over devices, [B, L, E], split as the batch is.
+
+    Args:
+      rows_RE: the rows [P, L, E] of all sets, and padding, split over ENCODER_ROWS.
+      num_sets: P, a multiple of the samples of a shard of the batch.
+      length: L.
+      batch: B.
+    """
+    return _CURRENT.get().gather_sets(rows_RE, num_sets, length, batch)
+
+
 def device() -> Any:
     """Returns one of the devices that are compiled for; None = the default ones."""
     sharding = _CURRENT.get()

@@ -336,6 +336,37 @@ class MeshSharding:
         copy.defvjp(lambda field: (copy(field), None), sum_shards)
         return copy(field)
 
+    def gather_sets(self, rows_RE: jax.Array, num_sets: int, length: int, batch: int) -> jax.Array:
+        """Returns `axes.gather_sets`; each device gathers all rows, and the gradient is summed into shards of rows."""
+        rows, samples = ACTIVATION_RULES[ENCODER_ROWS], ACTIVATION_RULES[BATCH]
+        own = batch // self.shards(BATCH)
+
+        @jax.custom_vjp
+        def gather(shard_RE: jax.Array, first: jax.Array) -> jax.Array:
+            all_RE = jax.lax.all_gather(shard_RE, rows, tiled=True)
+            sets_PLE = all_RE[: num_sets * length].reshape(num_sets, length, -1)
+            return jax.lax.dynamic_slice_in_dim(sets_PLE, first[0] % num_sets, own)
+
+        def scatter(residuals: tuple[jax.Array, int], gradient: jax.Array) -> tuple[jax.Array, None]:
+            first, padded = residuals
+            sets_PLE = jnp.zeros((num_sets, *gradient.shape[1:]), gradient.dtype)
+            sets_PLE = jax.lax.dynamic_update_slice_in_dim(sets_PLE, gradient, first[0] % num_sets, 0)
+            all_RE = jnp.pad(sets_PLE.reshape(num_sets * length, -1), ((0, padded - num_sets * length), (0, 0)))
+            # As in `copy_per_shard`: over data with the parts of the others alone.
+            inner = rows[: rows.index("data")]
+            summed = jax.lax.psum_scatter(reduce_scatter(all_RE, 0, inner), rows[len(inner) :], tiled=True)
+            return summed, None
+
+        gather.defvjp(lambda shard, first: (gather(shard, first), (first, len(rows_RE))), scatter)
+        mapped = jax.shard_map(
+            gather,
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(rows), PartitionSpec(samples)),
+            out_specs=PartitionSpec(samples),
+            check_vma=False,
+        )
+        return mapped(rows_RE, jnp.arange(batch))
+
     def _divides(self, size: int, axes: Sequence[str]) -> bool:
         return size % math.prod(self.mesh.shape[axis] for axis in axes) == 0
 

@@ -87,9 +87,11 @@ class Composed(nn.Module):
         """Returns the vectors float32[R, E] of positions int32[R, A]; options: of the first part."""
         return self.parts[0].vectors(positions_RA, **options)
 
-    def signal(self, vectors_PLE: jax.Array, positions_PLA: jax.Array, *, shape: tuple[int, ...]) -> PositionSignal:
-        """Returns the joined signal of positions int32[P, L, A] with vectors float32[P, L, E]."""
-        own = self.parts[0].signal(vectors_PLE, positions_PLA, shape=shape)
+    def signal(
+        self, vectors_PLE: jax.Array, positions_PLA: jax.Array, *, shape: tuple[int, ...], per_sample: bool = False
+    ) -> PositionSignal:
+        """Returns the joined signal of positions int32[P, L, A] with vectors float32[P, L, E]; options: as in `SeqPE.signal`."""
+        own = self.parts[0].signal(vectors_PLE, positions_PLA, shape=shape, per_sample=per_sample)
         return self._joined(own, positions_PLA, shape)
 
     def query_key(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:

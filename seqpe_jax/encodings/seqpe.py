@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from seqpe_jax.axes import POSITIONS, shard_map
+from seqpe_jax.axes import BATCH, LENGTH, POSITIONS, shard_map
 from seqpe_jax.config import ModelDims, SeqPEConfig
 from seqpe_jax.encodings.digit_encoder import DigitEncoder, initializer
 from seqpe_jax.encodings.position_signal import PositionSignal
@@ -37,12 +37,17 @@ class QKMap(nn.Module):
     part_width: int
 
     @nn.compact
-    def __call__(self, vectors: jax.Array) -> jax.Array:
-        """Returns [(layers,) ..., 2 * part_width] of vectors [..., E]: query half, then key half."""
+    def __call__(self, vectors: jax.Array, per_sample: bool = False) -> jax.Array:
+        """Returns [(layers,) ..., 2 * part_width] of vectors [..., E]: query half, then key half.
+
+        Args:
+          vectors: position embeddings.
+          per_sample: whether they are [B, L, E], those of each sample of a batch.
+        """
         lead = () if self.layers is None else (self.layers,)
         kernel = self.param("kernel", self.kernel_init, (*lead, vectors.shape[-1], 2 * self.part_width), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (*lead, 2 * self.part_width), jnp.float32)
-        names = (*(None,) * (vectors.ndim - 2), POSITIONS, None)
+        names = (BATCH, LENGTH, None) if per_sample else (*(None,) * (vectors.ndim - 2), POSITIONS, None)
         # Each device maps its own positions, so that the gradient of the kernel is summed as it is stored.
         product = shard_map(
             _apply_qk_map, (vectors,), (names,), params={"qk_map": {"kernel": kernel, "bias": bias}}, root="encoding"
@@ -174,11 +179,20 @@ class SeqPE(nn.Module):
         return sizes if sum(sizes) + sizes[-1] < MAX_SHARED_FRACTION * rows * (len(sizes) + 1) else None
 
     def signal(
-        self, vectors_PLE: jax.Array, positions_PLA: jax.Array | None = None, *, shape: tuple[int, ...] = ()
+        self,
+        vectors_PLE: jax.Array,
+        positions_PLA: jax.Array | None = None,
+        *,
+        shape: tuple[int, ...] = (),
+        per_sample: bool = False,
     ) -> PositionSignal:
         """Returns the PositionSignal of prefix + L tokens from embedding vectors float32[P, L, E].
 
-        `positions_PLA` is ignored here; other parts of a combined encoding use it.
+        Args:
+          vectors_PLE: embedding vectors.
+          positions_PLA: ignored here; other parts of a combined encoding use them.
+          shape: ignored here.
+          per_sample: whether there is a set for each sample of a batch, sharded as the batch is.
         """
         config, dims = self.config, self.dims
         if dims.prefix_tokens:
@@ -193,22 +207,22 @@ class SeqPE(nn.Module):
             sin, cos = jnp.split(vectors_PLE.reshape(sizes), 2, axis=-1)
             signal = PositionSignal(rotation=(cos, sin))
         else:
-            pair = self.query_key(vectors_PLE)
+            pair = self.query_key(vectors_PLE, per_sample)
             name = {"attn_add": "additive", "attn_mul": "multiplicative", "attn_scalar": "position_query_key"}[
                 config.mode
             ]
             signal = PositionSignal(**{name: pair}, per_layer_fields=(name,) if config.qk == "multi" else ())
         return signal.for_heads(config.position_heads or dims.heads, dims.heads)
 
-    def query_key(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def query_key(self, vectors: jax.Array, per_sample: bool = False) -> tuple[jax.Array, jax.Array]:
         """Returns position queries and keys, each float32[(layers,) ..., position heads or 1, F], of vectors [..., E].
 
-        In mode attn_scalar queries are scaled by s / sqrt(head width), so that the dot product is a final attention logit.
+        For `per_sample` see `QKMap`. In mode attn_scalar queries are scaled by s / sqrt(head width), so that the dot product is a final attention logit.
         """
         config = self.config
         if config.qk != "none":
             with jax.default_matmul_precision(config.matmul_precision):
-                query, key = jnp.split(self.qk_map(vectors), 2, axis=-1)
+                query, key = jnp.split(self.qk_map(vectors, per_sample), 2, axis=-1)
         elif self.dims.compat.qk_halves:
             query, key = jnp.split(vectors, 2, axis=-1)
         else:

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from seqpe_jax.axes import (
+    BATCH,
     ENCODER_ROWS,
     POSITIONS,
     all_gather_params,
     copy_per_shard,
+    gather_sets,
     shard_map,
     shards,
     with_logical_constraint,
@@ -101,7 +103,10 @@ class TrainLoss:
         terms: Metrics = {}
         if self.model_spec.has_vectors:
             encoding_key = self._dropout_key(step_key, "encoding dropout")
-            signal, terms = self.signal_and_terms(params["encoding"], sampled, encoding_key, positions_from_batch)
+            batch_size = len(jax.tree.leaves(batch)[0])
+            signal, terms = self.signal_and_terms(
+                params["encoding"], sampled, encoding_key, positions_from_batch, batch_size
+            )
         else:
             signal = self.model_spec.signal(params, sampled.positions_PLA, self.model_spec.shape)
         dropout = {"deterministic": False, "rngs": {"dropout": self._dropout_key(step_key, "model dropout")}}
@@ -129,6 +134,7 @@ class TrainLoss:
         sampled: SampledPositions,
         dropout_key: jax.Array,
         positions_from_batch: bool = False,
+        batch_size: int = 0,
     ) -> tuple[PositionSignal, Metrics]:
         """Encodes all positions of a step in one call of the encoder.
 
@@ -137,20 +143,31 @@ class TrainLoss:
           sampled: positions of the step.
           dropout_key: PRNG key of dropout masks.
           positions_from_batch: positions come from the batch; do not assume the window structure used for prefix sharing.
+          batch_size: samples of the microbatch on all devices, which read the signal; 0 = none do.
 
         Returns:
           (signal of the model, unweighted {"contrastive": float32[], "distillation": float32[]} as far as they are on).
         """
         rows = self._encoder_rows(sampled)
         windows_RE, *others = self._encode(params, rows, dropout_key, positions_from_batch)
-        num_sets, length, _ = sampled.positions_PLA.shape
+        positions_PLA = sampled.positions_PLA
+        num_sets, length, _ = positions_PLA.shape
+        windows_PLE = windows_RE[: num_sets * length].reshape(num_sets, length, -1)
         # Shards the qk map over positions as well.
-        windows_PLE = with_logical_constraint(windows_RE.reshape(num_sets, length, -1), None, POSITIONS, None)
+        windows_PLE = with_logical_constraint(windows_PLE, None, POSITIONS, None)
+        vectors_PLE = windows_PLE
+        is_split = shards(BATCH) > 1 and num_sets > 1 and not positions_from_batch
+        per_sample = is_split and batch_size > 0 and num_sets % (batch_size // shards(BATCH)) == 0
+        if per_sample:  # a device has no more samples than there are sets, and reads those of its samples alone
+            vectors_PLE = gather_sets(windows_RE, num_sets, length, batch_size)
+            positions_PLA = positions_PLA[jnp.arange(batch_size) % num_sets]
+            positions_PLA = with_logical_constraint(positions_PLA, BATCH, None, None)
         signal = self.model_spec.encoding.apply(
             {"params": all_gather_params(params, "encoding")},
-            windows_PLE,
-            sampled.positions_PLA,
+            vectors_PLE,
+            positions_PLA,
             shape=self.model_spec.shape,
+            per_sample=per_sample,
             method="signal",
         )
         terms: Metrics = {}
@@ -220,7 +237,7 @@ class TrainLoss:
     ) -> list[jax.Array]:
         """Returns the vectors [..., E] of each element of `rows`, from one call with rows sharded over the devices.
 
-        Each shard has an equal part of the first dimension of each element; all but the windows keep its padding.
+        Each shard has an equal part of the first dimension of each element, which keeps its padding.
         """
         num_shards = shards(ENCODER_ROWS)
         positions = [_pad_to_shards(part.positions) for part in rows]
@@ -243,7 +260,7 @@ class TrainLoss:
             split = jnp.split(vectors_RE, list(itertools.accumulate(map(len, flat)))[:-1])
             return tuple(one.reshape(*part.shape[:-1], -1) for one, part in zip(split, parts, strict=True))
 
-        windows_RE, *others = shard_map(
+        return shard_map(
             encode_shard,
             (jnp.arange(num_shards), dropout_key, *positions),
             ((ENCODER_ROWS,), (None,) * dropout_key.ndim, *map(_sharded_first, positions)),
@@ -251,7 +268,6 @@ class TrainLoss:
             params=params,
             root="encoding",
         )
-        return [windows_RE[: len(rows[0].positions)], *others]
 
     def _losses_of_shards(
         self, function: Callable[..., jax.Array], arrays: Sequence[jax.Array], params: Params, space: str

@@ -73,9 +73,9 @@ def batch_of(parts, n):
 
 @pytest.fixture(scope="module")
 def with_offsets():
-    """Two sets of windows, a random offset in half of the steps, both position losses, two encoder layers."""
+    """Eight sets of windows, a random offset in half of the steps, both position losses, two encoder layers."""
     return tiny_config(
-        objective__shift__rate=0.5, objective__shift__sets=2, batch_size=16, encoding__layers=2, **WITHOUT_DROPOUT
+        objective__shift__rate=0.5, objective__shift__sets=8, batch_size=16, encoding__layers=2, **WITHOUT_DROPOUT
     )
 
 
@@ -87,7 +87,7 @@ def single(with_offsets):
 @pytest.fixture(scope="module")
 def images():
     """The same on images, with a loop over two layers."""
-    shift = {"objective__shift__rate": 0.5, "objective__shift__sets": 2}
+    shift = {"objective__shift__rate": 0.5, "objective__shift__sets": 8}
     fields = {"model__width": 24, "model__scan": True, "optimizer__epsilon": 1e-3, "encoding__share_prefixes": False}
     return vit_config(batch_size=16, **fields, **shift)
 
