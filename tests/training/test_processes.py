@@ -16,6 +16,7 @@ from seqpe_jax.data.tokens import token_source
 from seqpe_jax.training.checkpoint import TMP_SUFFIX
 from tests.commands import Commands, Result, Running, free_port, hosts, train_arguments
 from tests.run_files import lines, newest
+from tests.tiny_text import write_mixture
 
 pytestmark = pytest.mark.slow
 
@@ -44,12 +45,12 @@ def begin(commands, text):
     """Returns a function that starts the processes of a run; `each` has overrides for some of them."""
 
     def start(
-        workdir, count, devices, *, present=None, each=None, variables=None, timeout=300, **fields
+        workdir, count, devices, *, data=text, present=None, each=None, variables=None, timeout=300, **fields
     ) -> list[Running]:
         port, running = free_port(), []
         for process in present or range(count):
             own = fields | (each or {}).get(process, {})
-            arguments = train_arguments(workdir, text, **own)
+            arguments = train_arguments(workdir, data, **own)
             if count > 1:
                 arguments += [*hosts(port, count, process), f"--start-timeout={timeout}"]
             flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
@@ -90,8 +91,9 @@ def close(found: list[dict], expected: list[dict]) -> None:
 
 
 def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(commands, begin, text, tmp_path):
-    """The two read prepared tokens, each its own; the one that resumes tokenizes the text itself."""
+    """Of a mixture, several documents in a window. The two read one source prepared, each its own; the one that resumes tokenizes it."""
     fields = {
+        "data": None,
         "steps": 4,
         "checkpoint__every": 2,
         "checkpoint__keep": 2,
@@ -103,26 +105,30 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
         "mesh__fsdp": 4,  # so that both processes write arrays
     }
     two, one, resumed = tmp_path / "two", tmp_path / "one", tmp_path / "resumed"
-    options = ["--config=tests/tiny_text.py", f"--config.data.paths={text}", "--shard-bytes=5000", "--processes=1"]
-    made = commands("prepare", *options, f"--output={tmp_path / 'tokens'}")
-    assert made.code == 0 and f"train with --config.data.prepared={tmp_path / 'tokens'}" in made.out, made.err
-    log, prepared = logging_reads(tmp_path / "reads"), {"data__prepared": tmp_path / "tokens"}
-    results = finish(commands, begin(two, 2, 4, variables=log, **prepared, **fields))
+    tokens = tmp_path / "tokens"
+    mixture, prepared = write_mixture(tmp_path, text), write_mixture(tmp_path, text, "prepared", prepared=str(tokens))
+    source = {"name": "text", "paths": tmp_path / "few.jsonl", "tokenizer": "bytes_eos"}
+    options = [f"--config.data.{name}={value}" for name, value in source.items()]
+    options += ["--config=tests/tiny_text.py", "--shard-bytes=5000", "--processes=1", f"--output={tokens}"]
+    made = commands("prepare", *options)
+    assert made.code == 0 and f"train with --config.data.prepared={tokens}" in made.out, made.err
+    log = logging_reads(tmp_path / "reads")
+    results = finish(commands, begin(two, 2, 4, variables=log, config=prepared, **fields))
     assert [result.code for result in results] == [0, 0], results
     assert "2 process(es), 8 device(s)" in results[0].out and "batch 8: 2 x 4 devices, 1 each" in results[0].out
     assert "workdir" not in results[1].out and "step 4/4" not in results[1].err, "only the main process prints"
     assert "step 4/4" in results[0].err
 
-    [alone] = finish(commands, begin(one, 1, 8, **fields))
+    [alone] = finish(commands, begin(one, 1, 8, config=mixture, **fields))
     assert alone.code == 0 and "batch 8: 1 x 8 devices, 1 each" in alone.out, alone.err
     close(lines(two), lines(one))
-    assert any("eval/loss@32" in line for line in lines(two))
+    assert any("source/few/loss@32" in line for line in lines(two))
     assert len((two / "starts.jsonl").read_text().splitlines()) == 1
     check_reads(tmp_path / "reads", *(files_of(two, step) for step in (2, 4)))
 
     shutil.copytree(two, resumed)
     shutil.rmtree(resumed / "checkpoints" / "4")
-    [alone] = finish(commands, begin(resumed, 1, 8, **fields))
+    [alone] = finish(commands, begin(resumed, 1, 8, config=mixture, **fields))
     assert alone.code == 0 and "resuming at step 2" in alone.out, alone.err
     close(lines(resumed), lines(one))
 

@@ -15,6 +15,7 @@ from seqpe_jax.run_dir import RunDir
 from tests.commands import Commands, Result, free_port, hosts, train_arguments
 from tests.emulator import Store
 from tests.run_files import measured
+from tests.tiny_text import write_mixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
@@ -51,12 +52,19 @@ def strange(result: Result) -> list[str]:
 
 @pytest.mark.parametrize("one", ["store", pytest.param("s3_store", marks=pytest.mark.long)], ids=["gs", "s3"])
 def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, one, text, tmp_path, request):
-    """Metrics and parameters are bit-equal to those of a run on a disk; then evaluated, reported and exported there."""
-    store = request.getfixturevalue(one)
-    disk, bucket = tmp_path / "run", files.as_path(f"{store.folder}/run")
-    good(commands, store, "train", *train_arguments(disk, text, **FIELDS))
+    """Metrics and parameters are bit-equal to those of a run on a disk; then evaluated, reported and exported there.
 
-    running = commands.start("train", *train_arguments(bucket, text, **FIELDS), **store.environment)
+    Both train on a mixture, several documents in a window; the run in the store reads one source prepared from there.
+    """
+    store = request.getfixturevalue(one)
+    disk, bucket, few = tmp_path / "run", files.as_path(f"{store.folder}/run"), f"{store.folder}/few"
+    good(commands, store, "train", *train_arguments(disk, None, write_mixture(tmp_path, text), **FIELDS))
+    source = {"name": "text", "paths": tmp_path / "few.jsonl", "tokenizer": "bytes_eos"}
+    options = [f"--config.data.{name}={value}" for name, value in source.items()]
+    good(commands, store, "prepare", "--config=tests/tiny_text.py", *options, "--processes=1", f"--output={few}")
+
+    arguments = train_arguments(bucket, None, write_mixture(tmp_path, text, "prepared", prepared=few), **FIELDS)
+    running = commands.start("train", *arguments, **store.environment)
     deadline = time.monotonic() + 240
     while not (bucket / "checkpoints" / "3" / "commit_success.txt").exists():
         assert time.monotonic() < deadline, running.err
@@ -66,7 +74,7 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, one, text, tmp_
     assert measured(bucket)[-1]["step"] >= 2, "the metrics up to a checkpoint are there when it is"
     assert (bucket / "owner.json").exists()
 
-    out = good(commands, store, "train", *train_arguments(bucket, text, **FIELDS))
+    out = good(commands, store, "train", *arguments)
     assert "resuming at step" in out and f"taken over from process {running.process}" in out
     assert measured(bucket) == measured(disk)
     names = {path.name for path in bucket.iterdir()}
