@@ -23,11 +23,16 @@ def test_examples_are_a_function_of_seed_and_number():
     for source in (0, 1):
         assert [index for own, index in places if own == source] == list(range(sum(own == source for own, _ in places)))
     assert sum(source for source, _ in places[:10_000]) == 7_500 and sum(source for source, _ in places[:100]) > 60
-    assert mixture.given(12_345) == {"a": 3_130, "b": 9_215} and sum(mixture.given(30_000).values()) == 30_000
+    assert mixture.given(12_345) == {"a": 3_130, "b": 9_215}
+    assert list(mixture.given(30_000).values()) == [sum(own == source for own, _ in places) for source in (0, 1)]
     unchanged = loader.Mixture(sources, phases[:1], 3)
     assert places[:12_345] == [unchanged.place(number) for number in range(12_345)]
     own = [mixture[number] for number in range(60) if places[number][0] == 1]
     assert sorted(own[:7]) == sorted(own[7:14]) == list(range(7)) and own[:7] != own[7:14]
+    thirds = loader.Mixture({"a": range(50), "b": range(50)}, [(0, {"a": 1, "b": 2})], 3)
+    assert thirds.given(30_000)["a"] == pytest.approx(10_000, abs=30)
+    drawn = [(thirds.place(number)[0], thirds[number]) for number in range(200)]
+    assert [index for source, index in drawn if source][:50] != [index for source, index in drawn if not source][:50]
     batches = loader.TrainLoader(mixture, batch_size=4, seed=3, rows=(1, 3))
     assert batches.batch(20).tolist() == [mixture[81], mixture[83]]
 
@@ -71,14 +76,19 @@ def test_a_run_and_a_change_of_its_weights(settings, tmp_path, capsys):
     changed = dataclasses.replace(settings, steps=4, data=dataclasses.replace(settings.data, mixture=weighed))
     with pytest.raises(InputError, match="data.mixture.many.weight: 1.0 -> 3.0.*--change=data.mixture"):
         train_and_evaluate(changed, tmp_path / "run")
+    phases = [(0, {"few": 1.0, "many": 1.0}), (2, {"few": 1.0, "many": 3.0})]
+    assert LanguageModeling(changed, run_dir=tmp_path / "run")._mixture_phases() == phases
     train_and_evaluate(changed, tmp_path / "run", change=["data.mixture"])
     assert "data.mixture.many.weight: 1.0 -> 3.0" in capsys.readouterr().out
-    task = LanguageModeling(changed, run_dir=tmp_path / "run")
-    assert task._mixture_phases() == [(0, {"few": 1.0, "many": 1.0}), (2, {"few": 1.0, "many": 3.0})]
+    assert LanguageModeling(changed, run_dir=tmp_path / "run")._mixture_phases() == phases
     moved = (few, dataclasses.replace(weighed[1], paths=few.paths))
     changed = dataclasses.replace(changed, data=dataclasses.replace(settings.data, mixture=moved))
     with pytest.raises(InputError, match="data.mixture.many.paths"):
         train_and_evaluate(changed, tmp_path / "run", change=["data.mixture"])
+    many = tmp_path / "many.jsonl"
+    many.write_text(many.read_text().replace("0", "9"))
+    with pytest.raises(InputError, match="data of the run of .* have changed since it began: train: "):
+        train_and_evaluate(dataclasses.replace(settings, steps=6), tmp_path / "run", change=["data.mixture"])
 
 
 @pytest.mark.parametrize(
