@@ -149,7 +149,9 @@ def test_images_behind_links(tmp_path, capsys):
     (root / "dog" / "up").symlink_to("..")
     (root / "gone").symlink_to("nowhere")
     every = [
-        name for split in SPLITS for name, *_ in image_folder._ImageFiles(root, ("cat", "dog"), split, False).status
+        name
+        for split in SPLITS
+        for name, *_ in image_folder._ImageFiles(root, ("cat", "dog"), split, (split,), False).status
     ]
     assert sorted(every) == ["cat/1.png", "dog/3.png", "dog/two.png"]
     split = next(split for split in SPLITS if "dog/3.png" in names(folder(root, split)))
@@ -284,6 +286,27 @@ def labels_of(root, table, text, split="train"):
         (os.path.relpath(found.records[i]["image"], root), found.class_names[found[i]["label"]])
         for i in range(len(found))
     ]
+
+
+@pytest.mark.parametrize("kind", ["folders", "table"])
+def test_without_a_validation_split_a_tenth_of_the_training_images_is_held_out(tmp_path, capsys, kind):
+    """The test split stays as it is, and training does not see what is held out."""
+    rows = [("file", "label", "split")]
+    for split, count in (("training", 60), ("testing", 5)):
+        for name in ("cat", "dog"):
+            for number in range(count):
+                write(tmp_path / "all" / split / name / f"{number}.png")
+                rows.append((f"{split}/{name}/{number}.png", name, split.removesuffix("ing")))
+    (tmp_path / "all" / "labels.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    root = tmp_path / "all" / "labels.csv" if kind == "table" else tmp_path / "all"
+    opened = {}
+    for split in SPLITS:
+        source = image_source("image_folder", split=split, paths=str(root), cache_dir=tmp_path / "c", progress=True)
+        opened[split] = {source.records[number]["image"] for number in range(len(source))}
+    assert not opened["train"] & opened["validation"] and len(opened["train"] | opened["validation"]) == 120
+    assert 4 <= len(opened["validation"]) <= 22 and all("/training/" in file for file in opened["validation"])
+    assert len(opened["test"]) == 10 and all("/testing/" in file for file in opened["test"])
+    assert capsys.readouterr().err.count("has no validation split: a tenth of the training images") == 1
 
 
 def test_a_table_names_the_classes(tmp_path):
@@ -478,6 +501,8 @@ def test_folder_errors(split_folders, tmp_path):
     (split_folders / "train").rename(tmp_path / "gone too")
     with pytest.raises(InputError, match="has validation, but no class folders in '.*train'"):
         folder(split_folders, "validation")
+    with pytest.raises(InputError, match="has validation, but no class folders in '.*train'"):
+        folder(split_folders, "train")
     for kind in ("cat", "dog"):
         write(tmp_path / "few" / kind / "0.png")
     with pytest.raises(InputError, match="split 'test' of '.*few' is empty: give more images"):

@@ -52,6 +52,8 @@ VERIFY_GROUP = 1000  # files that are submitted at once: a million would take a 
 HOW_TO_REPAIR = "replace it by an undamaged PNG or JPEG file, or remove it"
 FOLDER_LAYOUT = registry.get("image_folder").paths_hint.removeprefix("give a directory ")
 
+NO_VALIDATION = "data.paths: '{}' has no validation split: a tenth of the training images of each class is held out, by the hash of CLASS/FILE"
+
 # Reasons for skipping.
 OUTSIDE_CLASS_FOLDERS = "outside of class folders"
 NO_SPLIT_FOLDERS = "folders of no split"
@@ -99,13 +101,15 @@ class ImageFolder:
         root = pathlib.Path(absolute_path(os.path.expanduser(paths[0])))
         limit_pixels(max_pixels)
         if is_label_file(root):
-            files: _Files = _labelled_files(root, split)
+            files: _Files = _labelled_files(root, split, progress)
             folder, class_names = root.parent, files.class_names
         else:
             root = _with_splits(root, progress)
-            folder, class_names, outside = _find_layout(root, split)
-            files = _ImageFiles(folder, class_names, split if folder == root else None, progress)
+            folder, class_names, outside, hashed = _find_layout(root, split)
+            files = _ImageFiles(folder, class_names, split, hashed, progress)
             if progress:
+                if split == "train" and hashed and folder != root:
+                    warn(NO_VALIDATION.format(root))
                 for where, skipped in ((root, outside), (folder, files.skipped)):
                     if str(skipped):
                         warn(f"data.paths: skipped in '{where}': {skipped}")
@@ -189,8 +193,8 @@ class _Files(Sequence):
         return {"image": os.path.join(self._folder, self.status[index][0]), "label": int(self.labels[index])}
 
 
-def _labelled_files(table: pathlib.Path, split: str) -> _Files:
-    """Returns the files of a split that a table of labels names; without splits in it, by the hash of CLASS/FILE.
+def _labelled_files(table: pathlib.Path, split: str, progress: bool) -> _Files:
+    """Returns the files of a split that a table of labels names; of a split that it does not name by the hash of CLASS/FILE.
 
     Raises:
       InputError: as `image_labels.read_labels`; a single class, or a class without images for training.
@@ -201,10 +205,14 @@ def _labelled_files(table: pathlib.Path, split: str) -> _Files:
         raise InputError(f"data.paths: '{table}' names one class, '{class_names[0]}', and a model needs at least two")
     labels = {name: label for label, name in enumerate(class_names)}
     splits: dict[str, str | None] = {file: own for file, _, own in rows}
-    if not has_splits:
+    has_validation = "validation" in splits.values()
+    if has_splits and not has_validation and split == "train" and progress:
+        warn(NO_VALIDATION.format(table))
+    if not has_validation:
         for name in class_names:
-            files = {f"{name}/{file}": file for file, label, _ in rows if label == name}
-            splits |= {files[key]: own for key, own in _assign_splits(list(files)).items()}
+            files = {f"{name}/{file}": file for file, label, own in rows if label == name and own in (None, "train")}
+            parts = {files[key]: own for key, own in _assign_splits(list(files)).items()}
+            splits |= {file: own for file, own in parts.items() if not has_splits or own == "validation"}
     trained = {label for file, label, _ in rows if splits[file] == "train"}
     if missing := sorted(set(class_names) - trained):
         raise InputError(f"data.paths: class '{missing[0]}' of '{table}' has no image in the train split: add some")
@@ -218,17 +226,20 @@ class _ImageFiles(_Files):
     Args:
       folder: folder of the class folders.
       class_names: label -> name.
-      split: the part of the files to take, by the hash of CLASS/FILE; None = all of them.
+      split: the split.
+      hashed: the parts of the files to take, by the hash of CLASS/FILE (`_assign_splits`); () = all of them.
       progress: show a progress bar on stderr.
 
     Attributes:
       skipped: files that are not read.
     """
 
-    def __init__(self, folder: pathlib.Path, class_names: tuple[str, ...], split: str | None, progress: bool):
+    def __init__(
+        self, folder: pathlib.Path, class_names: tuple[str, ...], split: str, hashed: tuple[str, ...], progress: bool
+    ):
         self._folder = folder
         present = [name for name in class_names if (folder / name).is_dir()]  # a held-out split may lack classes
-        title = f"list images of {split or folder.name}" if progress else ""
+        title = f"list images of {split}" if progress else ""
         found = resolve_paths([str(folder / name) for name in present], suffixes=SUFFIXES, title=title)
         self.skipped = found.skipped
         files = self._by_class(found.files, present)
@@ -236,9 +247,9 @@ class _ImageFiles(_Files):
         labels: list[int] = []
         for label, class_name in enumerate(class_names):
             names = files.get(class_name, [])
-            if split is not None:
+            if hashed:
                 splits = _assign_splits(names)
-                names = [name for name in names if splits[name] == split]
+                names = [name for name in names if splits[name] in hashed]
             chosen += names
             labels += [label] * len(names)
         super().__init__(folder, class_names, chosen, labels)
@@ -275,11 +286,12 @@ def _with_splits(root: pathlib.Path, progress: bool) -> pathlib.Path:
     return root
 
 
-def _find_layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ...], Skipped]:
+def _find_layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ...], Skipped, tuple[str, ...]]:
     """Finds the class folders of a split.
 
     Returns:
-      (folder that holds them: `root` if there are no split folders; class names; what is skipped next to them).
+      (folder that holds them: `root` if there are no split folders; class names; what is skipped next to them; the parts of
+      their files that are the split, by the hash of CLASS/FILE, () = all of them).
     """
     if not root.is_dir():
         raise InputError(f"data.paths: there is no folder '{root}'; give a folder with images: {FOLDER_LAYOUT}")
@@ -292,7 +304,7 @@ def _find_layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[st
             raise InputError(f"data.paths: '{root}' holds no class folders; expected {FOLDER_LAYOUT}")
         _check_classes(root, top, split)
         _add_skipped(root, skipped)
-        return root, top, skipped
+        return root, top, skipped, (split,)
     others = [name for name in top if name not in split_folders.values()]
     if others and not any(split_folders[name] in SPLIT_FOLDER_NAMES[name] for name in present):
         raise InputError(
@@ -304,15 +316,19 @@ def _find_layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[st
     _check_classes(folders["train"], present["train"], split)
     for name in others:
         skipped.add(NO_SPLIT_FOLDERS, str(root / name))
+    hashed: tuple[str, ...] = ()
+    if set(present) == {"train", "test"} and split != "test":  # validation is held out of the training images
+        folders["validation"] = folders["train"]
+        hashed = ("validation",) if split == "validation" else ("train", "test")
     for folder in (root, folders[split]):
         _add_skipped(folder, skipped)
-    return folders[split], present["train"], skipped
+    return folders[split], present["train"], skipped, hashed
 
 
 def _check_splits(
     root: pathlib.Path, folders: Mapping[str, pathlib.Path], present: Mapping[str, tuple[str, ...]], split: str
 ) -> None:
-    """Refuses a missing split, and a held-out class without training images.
+    """Refuses a missing split, but for validation beside training and test, and a held-out class without training images.
 
     Args:
       root: `data.paths`.
@@ -324,7 +340,7 @@ def _check_splits(
       InputError: names the folder.
     """
     for needed in ("train", split):
-        if needed not in present:
+        if needed not in present and not (needed == "validation" and {"train", "test"} <= set(present)):
             raise InputError(
                 f"data.paths: '{root}' has {' and '.join(present)}, but no class folders in '{folders[needed]}': make "
                 "them, or put the class folders into the root, which is then split 80/10/10"
