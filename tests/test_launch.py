@@ -1,5 +1,6 @@
 """The launch files: the JobSet is one that Kubernetes takes, scripts start and end what they should, Slurm runs the job."""
 
+import argparse
 import copy
 import json
 import os
@@ -856,3 +857,25 @@ def test_the_task_of_skypilot_starts_one_process_for_each_node(tmp_path):
     on_many = f"{words} --coordinator=10.0.0.1:9999 --num-processes=2 --process-id=1\n"
     assert run(2, WORKDIR="s3://b/a").stdout == on_many
     assert run(1).returncode == 2 and "give --env WORKDIR" in run(1).stderr
+
+
+def test_skypilot_reads_its_task():
+    sky = pytest.importorskip("sky", reason="needs skypilot: pip install skypilot")
+    task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
+    (machine,) = task.resources
+    assert machine.use_spot and machine.accelerators == {"H100": 8} and task.num_nodes == 1
+    assert set(task.envs) == {"CONFIG", "WORKDIR", "ARGUMENTS"}
+
+
+def test_xpk_reads_the_commands_of_its_page():
+    parser_of = pytest.importorskip("xpk.parser.core", reason="needs xpk: pip install xpk").set_parser
+    parser = argparse.ArgumentParser("xpk")
+    parser_of(parser=parser)
+    text = (ROOT / "docs/launchers.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("xpk ")]
+    names = re.compile(r"\b(CLUSTER|PROJECT|ZONE|IMAGE)\b")
+    parsed = [
+        parser.parse_args([names.sub(lambda name: name[0].lower(), word) for word in words]) for words in commands
+    ]
+    made = next(one for one, words in zip(parsed, commands, strict=True) if "create" in words)
+    assert len(parsed) == 3 and (made.num_slices, made.max_restarts, made.restart_on_exit_codes) == (1, 50, "75")
