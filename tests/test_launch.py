@@ -878,4 +878,4 @@ def test_xpk_reads_the_commands_of_its_page():
         parser.parse_args([names.sub(lambda name: name[0].lower(), word) for word in words]) for words in commands
     ]
     made = next(one for one, words in zip(parsed, commands, strict=True) if "create" in words)
-    assert len(parsed) == 3 and (made.num_slices, made.max_restarts, made.restart_on_exit_codes) == (1, 50, "75")
+    assert len(parsed) == 3 and (made.num_slices, made.max_restarts, made.restart_on_exit_codes) == (1, "50", "75")
