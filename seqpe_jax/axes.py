@@ -110,13 +110,16 @@ def copy_per_shard(field: Any, over: str = BATCH, *names: str | None) -> Any:
 
 
 def gather_sets(rows_RE: Any, num_sets: int, length: int, batch: int) -> Any:
-    """Returns the set i mod P of each sample i of a batch that is split over devices, [B, L, E], split as the batch is.
+    """Returns the sets of positions that each device reads, where a batch is split over devices.
 
     Args:
       rows_RE: the rows [P, L, E] of all sets, and padding, split over ENCODER_ROWS.
       num_sets: P, a multiple of the samples of a shard of the batch.
       length: L.
       batch: B.
+
+    Returns:
+      (set i mod P of each sample i, [B, L, E], split as the batch is; the first set, a copy for each device, [devices, L, E]).
     """
     return _CURRENT.get().gather_sets(rows_RE, num_sets, length, batch)
 

@@ -336,21 +336,22 @@ class MeshSharding:
         copy.defvjp(lambda field: (copy(field), None), sum_shards)
         return copy(field)
 
-    def gather_sets(self, rows_RE: jax.Array, num_sets: int, length: int, batch: int) -> jax.Array:
+    def gather_sets(self, rows_RE: jax.Array, num_sets: int, length: int, batch: int) -> tuple[jax.Array, jax.Array]:
         """Returns `axes.gather_sets`; each device gathers all rows, and the gradient is summed into shards of rows."""
         rows, samples = ACTIVATION_RULES[ENCODER_ROWS], ACTIVATION_RULES[BATCH]
         own = batch // self.shards(BATCH)
 
         @jax.custom_vjp
-        def gather(shard_RE: jax.Array, first: jax.Array) -> jax.Array:
+        def gather(shard_RE: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
             all_RE = jax.lax.all_gather(shard_RE, rows, tiled=True)
             sets_PLE = all_RE[: num_sets * length].reshape(num_sets, length, -1)
-            return jax.lax.dynamic_slice_in_dim(sets_PLE, first[0] % num_sets, own)
+            return jax.lax.dynamic_slice_in_dim(sets_PLE, first[0] % num_sets, own), sets_PLE[:1]
 
-        def scatter(residuals: tuple[jax.Array, int], gradient: jax.Array) -> tuple[jax.Array, None]:
-            first, padded = residuals
-            sets_PLE = jnp.zeros((num_sets, *gradient.shape[1:]), gradient.dtype)
-            sets_PLE = jax.lax.dynamic_update_slice_in_dim(sets_PLE, gradient, first[0] % num_sets, 0)
+        def scatter(residuals: tuple[jax.Array, int], gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            (first, padded), (of_samples, of_first_set) = residuals, gradients
+            sets_PLE = jnp.zeros((num_sets, *of_samples.shape[1:]), of_samples.dtype)
+            sets_PLE = jax.lax.dynamic_update_slice_in_dim(sets_PLE, of_samples, first[0] % num_sets, 0)
+            sets_PLE = sets_PLE.at[:1].add(of_first_set)
             all_RE = jnp.pad(sets_PLE.reshape(num_sets * length, -1), ((0, padded - num_sets * length), (0, 0)))
             # As in `copy_per_shard`: over data with the parts of the others alone.
             inner = rows[: rows.index("data")]
@@ -362,7 +363,7 @@ class MeshSharding:
             gather,
             mesh=self.mesh,
             in_specs=(PartitionSpec(rows), PartitionSpec(samples)),
-            out_specs=PartitionSpec(samples),
+            out_specs=(PartitionSpec(samples), PartitionSpec(rows)),
             check_vma=False,
         )
         return mapped(rows_RE, jnp.arange(batch))

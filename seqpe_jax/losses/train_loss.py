@@ -152,16 +152,18 @@ class TrainLoss:
         windows_RE, *others = self._encode(params, rows, dropout_key, positions_from_batch)
         positions_PLA = sampled.positions_PLA
         num_sets, length, _ = positions_PLA.shape
-        windows_PLE = windows_RE[: num_sets * length].reshape(num_sets, length, -1)
-        # Shards the qk map over positions as well.
-        windows_PLE = with_logical_constraint(windows_PLE, None, POSITIONS, None)
-        vectors_PLE = windows_PLE
         is_split = shards(BATCH) > 1 and num_sets > 1 and not positions_from_batch
+        # Where a device has no more samples than there are sets, it reads those of its samples alone.
         per_sample = is_split and batch_size > 0 and num_sets % (batch_size // shards(BATCH)) == 0
-        if per_sample:  # a device has no more samples than there are sets, and reads those of its samples alone
-            vectors_PLE = gather_sets(windows_RE, num_sets, length, batch_size)
+        if per_sample:
+            vectors_PLE, first_set_SLE = gather_sets(windows_RE, num_sets, length, batch_size)
             positions_PLA = positions_PLA[jnp.arange(batch_size) % num_sets]
             positions_PLA = with_logical_constraint(positions_PLA, BATCH, None, None)
+        else:
+            vectors_PLE = windows_RE[: num_sets * length].reshape(num_sets, length, -1)
+            # Shards the qk map over positions as well.
+            vectors_PLE = with_logical_constraint(vectors_PLE, None, POSITIONS, None)
+            first_set_SLE = copy_per_shard(vectors_PLE[:1], ENCODER_ROWS)
         signal = self.model_spec.encoding.apply(
             {"params": all_gather_params(params, "encoding")},
             vectors_PLE,
@@ -178,7 +180,7 @@ class TrainLoss:
             terms["contrastive"] = losses_B[: len(sampled.contrastive.labels_B)].mean()
         if sampled.distillation is not None:
             indices_BM = sampled.distillation.indices_BM
-            arrays = copy_per_shard(windows_PLE[:1], ENCODER_ROWS), others[-1], _pad_to_shards(indices_BM)
+            arrays = first_set_SLE, others[-1], _pad_to_shards(indices_BM)
             losses_B = self._losses_of_shards(self._distillation, arrays, params, self.settings.distillation.space)
             terms["distillation"] = jnp.where(sampled.perturbed, 0.0, losses_B[: len(indices_BM)].mean())
         return signal, terms
