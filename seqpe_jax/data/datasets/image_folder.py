@@ -328,7 +328,7 @@ def _find_layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[st
 def _check_splits(
     root: pathlib.Path, folders: Mapping[str, pathlib.Path], present: Mapping[str, tuple[str, ...]], split: str
 ) -> None:
-    """Refuses a missing split, but for validation beside training and test, and a held-out class without training images.
+    """Refuses a missing split, unless training and test folders lack validation alone, and a held-out class without training images.
 
     Args:
       root: `data.paths`.
