@@ -33,7 +33,7 @@ ROWS = {
     "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
     "study_images": ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "learned", "fire", "rotary"),
 }
-SUITES = ("retrieval_suites",)  # probes that `results.py --suites` stored
+SUITES = ("retrieval_suites", "retrieval_ruler")  # probes that `results.py --suites` stored
 DIGEST = "Source"  # of the PNG's texts
 
 
