@@ -217,7 +217,8 @@ class SeqPE(nn.Module):
     def query_key(self, vectors: jax.Array, per_sample: bool = False) -> tuple[jax.Array, jax.Array]:
         """Returns position queries and keys, each float32[(layers,) ..., position heads or 1, F], of vectors [..., E].
 
-        For `per_sample` see `QKMap`. In mode attn_scalar queries are scaled by s / sqrt(head width), so that the dot product is a final attention logit.
+        For `per_sample` see `QKMap`. In mode attn_scalar queries are scaled by s / sqrt(head width), so that the dot product
+        is a final attention logit.
         """
         config = self.config
         if config.qk != "none":

@@ -73,10 +73,12 @@ def batch_of(parts, n):
 
 @pytest.fixture(scope="module")
 def with_offsets():
-    """Eight sets of windows, a random offset in half of the steps, both position losses, two encoder layers."""
-    return tiny_config(
-        objective__shift__rate=0.5, objective__shift__sets=8, batch_size=16, encoding__layers=2, **WITHOUT_DROPOUT
-    )
+    """Eight sets of windows, a random offset in half of the steps, both position losses, two encoder layers.
+
+    With beta below 1 the window for distillation has a gradient, too.
+    """
+    shift = {"objective__shift__rate": 0.5, "objective__shift__sets": 8, "objective__distillation__beta": 0.5}
+    return tiny_config(batch_size=16, encoding__layers=2, **shift, **WITHOUT_DROPOUT)
 
 
 @pytest.fixture(scope="module")

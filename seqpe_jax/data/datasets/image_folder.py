@@ -328,7 +328,9 @@ def _find_layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[st
 def _check_splits(
     root: pathlib.Path, folders: Mapping[str, pathlib.Path], present: Mapping[str, tuple[str, ...]], split: str
 ) -> None:
-    """Refuses a missing split, unless training and test folders lack validation alone, and a held-out class without training images.
+    """Refuses a missing split, and a held-out class without training images.
+
+    Validation may be missing where there are training and test folders: it is then held out of the training images.
 
     Args:
       root: `data.paths`.
