@@ -4,7 +4,7 @@
         --results=docs/results/study_seqpe_recipe.json
     python -m seqpe_jax.report --results=docs/results/study_seqpe_recipe.json --output=runs/seqpe_recipe/report
 
-The first trial has four rotary pairs, forget gates that start open, with the logit,, and the paper's contrastive loss, on
+The first trial has four rotary pairs, forget gates that start open, with the logit, and the paper's contrastive loss, on
 vectors. Then come, each alone: six pairs; the logit in two of four heads; positions drawn at random and sorted (Ruoss et
 al. 2023, arXiv 2305.16843: `skip` with as many chunks as tokens) in half of the steps; a weaker contrastive loss; and its
 candidates from the training length. The best two together, learning rates, and three more values follow, each from the

@@ -384,7 +384,8 @@ def write(report: dict[str, Any], arrays: Arrays, path: AnyPath) -> list[AnyPath
                 file = path.parent / f"{prefix}answers_{probe}_{result['length']}.jsonl"
                 files.append(write_answers(file, *result["answers"], [name for name in SCORES if name in result]))
         probes = {probe: list(map(_without_answers, own)) for probe, own in suites["probes"].items()}
-        written = _evaluation_of(report, path) | {SUITES_KEY: suites | {"probes": probes}}
+        written = _evaluation_of(report, path)
+        written |= {SUITES_KEY: _with_stored_suites(suites | {"probes": probes}, written.get(SUITES_KEY))}
     atomic_write(path, json.dumps(written, indent=1) + "\n")
     return [*files, path]
 
@@ -401,3 +402,14 @@ def _evaluation_of(report: dict[str, Any], path: AnyPath) -> dict[str, Any]:
         return report
     same = isinstance(stored, dict) and all(stored.get(name) == report[name] for name in ("checkpoint", "step"))
     return stored if same else report
+
+
+def _with_stored_suites(suites: dict[str, Any], stored: Any) -> dict[str, Any]:
+    """Returns suites and, of those that a file holds, the others, if they were asked under the same settings."""
+    found = ("probes", "suites")
+    settings = {name: value for name, value in suites.items() if name not in found}
+    if not isinstance(stored, dict) or stored.keys() != suites.keys():
+        return suites
+    if json.loads(json.dumps(settings)) != {name: value for name, value in stored.items() if name not in found}:
+        return suites
+    return suites | {name: stored[name] | suites[name] for name in found if isinstance(stored[name], dict)}
