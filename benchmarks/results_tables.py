@@ -13,7 +13,8 @@ results is taken. A name may be FIRST+SECOND, with the rows of both.
 - `<!-- tasks: STUDY FIRST-LAST -->`: of a study of algorithmic tasks, a line for each encoding, a column for each task: right
   outputs in percent, the mean over input lengths FIRST to LAST, and how many runs are left.
 - `<!-- suites: NAME -->`: docs/results/NAME.json, the probes of `evaluate --suite` by length, which `results.py --suites` stores.
-- `<!-- published: NAME -->`: figures of others in docs/results/published.json, with the table that they were read in.
+- `<!-- published: NAME STORED -->`: figures of others in docs/results/published.json, with the table that they were read in,
+  and those of a model of ours.
 - `<!-- headline: STUDIES METRIC ROWS -->`: the plot of the study, the outcome for rows against the strongest other encoding,
   and how far a study has come that is not finished.
 """
@@ -167,11 +168,31 @@ def suites_table(name: str) -> str:
     return f"{table}\nEffective length, at {suites['effective_score']}%: {said}.\n"
 
 
-def published_table(name: str) -> str:
-    """Returns the markdown table of figures of others, and where they were read."""
+def published_table(name: str, stored: str = "") -> str:
+    """Returns the markdown table of figures of others, where they were read, and a row of a model of ours.
+
+    Args:
+      name: a suite in docs/results/published.json, whose columns such as 4K are lengths.
+      stored: the probes of a model, docs/results/STORED.json; "" = none.
+    """
     own = json.loads((STORED / "published.json").read_text())[name]
-    rows = [[row, *(cell or tables.MISSING for cell in cells)] for row, cells in own["rows"].items()]
-    return f"{tables.markdown_of_rows(['model', *own['columns']], rows)}\n{own['of']}. Read in {own['source']}.\n"
+    found = dict(own["rows"])
+    words = f"{own['of']}. Read in {own['source']}."
+    if stored:
+        content = json.loads((STORED / f"{stored}.json").read_text())
+        settings, suite = content["config"], content["suites"]["suites"][name]
+        trained, tokenizer = settings["data"]["length"], settings["data"]["tokenizer"]
+        model = settings["model"]
+        label = f"{settings['encoding']['kind']}, {model['layers']} layers of width {model['width']} (this page)"
+        values = {"claimed": str(trained), "effective": str(suite["effective_length"] or "")}
+        scores = {f"{int(length) // 1024}K": f"{score:.1f}" for length, score in suite["score"].items()}
+        found = {label: [(values | scores).get(column, "") for column in own["columns"]]} | found
+        words += (
+            f" The first row is the model of the table above: trained at {trained} {tokenizer}, mean over the "
+            f"{len(content['suites']['probes'])} tasks there. Its lengths are in {tokenizer}, those of the others in tokens."
+        )
+    rows = [[row, *(cell or tables.MISSING for cell in cells)] for row, cells in found.items()]
+    return f"{tables.markdown_of_rows(['model', *own['columns']], rows)}\n{words}\n"
 
 
 def store_suites(folder: str, name: str) -> int:

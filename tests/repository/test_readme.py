@@ -244,7 +244,8 @@ def test_tables_of_standard_tests_say_what_is_stored(monkeypatch, tmp_path):
     assert tasks.endswith("3 of 4 runs.\n")
     assert "| passkey | 100 | 40 |\n| vt | - | 2 |" in asked
     assert "at 85.6%: passkey 256, ruler below 256." in asked
-    assert "| Llama 3.1 8B | 128K | 32K | 95.5 |" in script.published_table("ruler")
+    published = script.published_table("ruler", "retrieval_ruler")
+    assert "| Llama 3.1 8B | 128K | 32K | 95.5 |" in published and "| seqpe, 3 layers of width 96 (this page) | 256 |" in published
 
 
 def test_rows_of_the_pods_table_are_those_that_were_compiled(monkeypatch):
