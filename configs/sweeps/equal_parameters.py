@@ -13,15 +13,11 @@ CONFIG = "configs/stdlib_lm.py"
 PARTS = {"encoding.rotary_pairs": 4, "encoding.gate_bias_init": 4.0, "optimizer.learning_rate": 4e-3}
 ROWS = {"alibi": PARTS | {"encoding.gate": "forget"}, "cable": PARTS}
 WIDER = {"model.mlp_width": 523}
-EVALUATED = {
-    "eval.lengths": (64, 128, 256, 512, 1024, 2048, 4096),
-    "eval.contexts": (64, 256, 1024, 4096),
-    "eval.targets": 4096,
-}
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def runs():
     """Yields (name, overrides) of each run, one seed of both encodings after the other."""
     for seed in (1, 2, 3, 4, 5):
         for kind, parts in ROWS.items():
-            yield f"{kind}_wide-{seed}", {"variant": kind, "seed": seed, "steps": 1000} | parts | WIDER | EVALUATED
+            yield f"{kind}_wide-{seed}", {"variant": kind, "seed": seed, "steps": 1000, "eval.lengths": LENGTHS} | parts | WIDER
