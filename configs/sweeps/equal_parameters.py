@@ -1,8 +1,8 @@
 """A control for study_text.py: its two strongest baselines with as many parameters as SeqPE, five seeds.
 
     python -m seqpe_jax.sweep --sweep=configs/sweeps/equal_parameters.py --workdir=runs/equal_parameters --jobs=2 \
-        --results=docs/results/equal_parameters.json
-    python -m seqpe_jax.report --results=docs/results/equal_parameters.json --output=runs/equal_parameters/report
+        --results=docs/results/study_equal_parameters.json
+    python -m seqpe_jax.report --results=docs/results/study_equal_parameters.json --output=runs/equal_parameters/report
 
 SeqPE's encoder adds 80,688 parameters to the 361,452 of the others in study_text.py. Here ALiBi and CABLE have them in the
 MLPs, 523 hidden features instead of 384. All other fields are those of their best trials in that study.
