@@ -8,6 +8,7 @@ results is taken. A name may be FIRST+SECOND, with the rows of both.
   (`seqpe_jax.reporting`), then parameters and FLOPs.
 - `<!-- contexts: STUDIES -->`: the same tokens under several contexts.
 - `<!-- parts: STUDIES -->`: the parts, learning rates and constants that trials chose.
+- `<!-- trials: STUDIES ROW METRIC ... -->`: the trials of one row, what each changes in the first, and its metrics on the validation split.
 - `<!-- significance: STUDIES METRIC [labels]; ... -->`: for each length or size, or for those named, the row with the best mean,
   those that are significantly worse, those that tie with it, in the order of their means, and those that are not tested.
 - `<!-- tasks: STUDY FIRST-LAST -->`: of a study of algorithmic tasks, a line for each encoding, a column for each task: right
@@ -38,11 +39,11 @@ from seqpe_jax.reporting.significance import (
     significance_tests,
     worse_cells,
 )
-from seqpe_jax.reporting.study import Study, last_measured
+from seqpe_jax.reporting.study import Study, format_value, get_field, last_measured
 from seqpe_jax.reporting.tuning_table import tuning_tables
 
 MARK = re.compile(
-    r"(<!-- (results|contexts|parts|significance|tasks|suites|published|headline): ([^>]+) -->\n).*?(<!-- end of \2 -->)",
+    r"(<!-- (results|contexts|parts|trials|significance|tasks|suites|published|headline): ([^>]+) -->\n).*?(<!-- end of \2 -->)",
     re.DOTALL,
 )
 TASKS = {
@@ -100,6 +101,36 @@ def parts_table(name: str) -> str:
     study = study_of(name)
     found = tuning_tables(study)[-1]
     return f"{tables.markdown(found)}\n{tables.escape(found.note)}\n\n{_progress(study)}"
+
+
+def trials_table(name: str, row: str, *metrics: str) -> str:
+    """Returns the markdown table of the trials of a row: what each changes in the first one, and its metrics.
+
+    Args:
+      name: study.
+      row: row of the study that chooses by trials.
+      metrics: those shown, as in `metrics.jsonl` without their `eval/`; the lowest value of each is bold.
+    """
+    study = study_of(name)
+    best = study.sweep_trials[study.runs_of(row)[0].name]["best"]
+    runs = {run.name: run for run in study.tuning_runs}
+    trials = [runs[trial] for trial in next(iter(best.values()))["runs"]]
+    measured = {metric: [last_measured(run, f"eval/{metric}") for run in trials] for metric in metrics}
+    lowest = {metric: min(filter(None, values), default=None) for metric, values in measured.items()}
+    rows = []
+    for index, run in enumerate(trials):
+        changed = [
+            f"{field.partition('.')[2]}={format_value(value)}"
+            for field in best
+            if (value := get_field(run.config, field)) != get_field(trials[0].config, field)
+        ]
+        cells = [tables.Cell(", ".join(changed) or "the first")]
+        for metric, values in measured.items():
+            value = values[index]
+            text = tables.MISSING if value is None else f"{value:.4f}"
+            cells.append(tables.Cell(text, value, best=value is not None and value == lowest[metric]))
+        rows.append(cells)
+    return tables.markdown(tables.Table("", ["trial", *metrics], rows))
 
 
 def tasks_table(name: str, lengths: str) -> str:
@@ -381,6 +412,7 @@ def rewritten(page: pathlib.Path) -> str:
             "results": lambda: table(*words),
             "contexts": lambda: contexts_table(*words),
             "parts": lambda: parts_table(*words),
+            "trials": lambda: trials_table(*words),
             "significance": lambda: significance_table(arguments),
             "tasks": lambda: tasks_table(*words),
             "suites": lambda: suites_table(*words),

@@ -55,7 +55,7 @@ def get_config(variant=None):
     c.encoding.width = 48
     c.encoding.heads = 4
     c.encoding.dropout = 0.0
-    if variant == "seqpe":  # as in configs/stdlib_lm.py
+    if variant == "seqpe":  # as in configs/stdlib_lm.py:seqpe_logits
         c.encoding.init_std = 0.1
         c.encoding.qk_init_std = 0.1
         c.encoding.rotary_pairs = 4

@@ -50,7 +50,7 @@ def get_config(variant=None):
 
     c.encoding.rotary_pairs = PAIRS.get(variant, 0)
 
-    # SeqPE as in configs/stdlib_lm.py.
+    # SeqPE as in configs/stdlib_lm.py:seqpe_logits.
     c.encoding.max_position = 5000
     c.encoding.width = 48
     c.encoding.heads = 4

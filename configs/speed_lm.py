@@ -1,5 +1,5 @@
 """The language model whose speed the README reports: 4 layers of width 256 on windows of 512 bytes, SeqPE in the recipe
-of stdlib_lm.py.
+`seqpe_logits` of stdlib_lm.py.
 
     python -m seqpe_jax.train --config=configs/speed_lm.py --workdir=runs/speed
     python -m seqpe_jax.benchmark --config=configs/speed_lm.py --compare=seqpe,rotary

@@ -6,7 +6,7 @@
 
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
 Variants: seqpe (default), seqpe_narrow (for GPUs: parts 8 wide and no dropout of attention weights, so that cuDNN's flash
-attention serves, and an encoder in TF32; docs/performance.md), seqpe_extended (as stdlib_lm.py has it, see docs/recipes.md), rotary, alibi, and any
+attention serves, and an encoder in TF32; docs/performance.md), seqpe_extended (as seqpe_logits of stdlib_lm.py, see docs/recipes.md), rotary, alibi, and any
 other encoding of texts (docs/encodings.md).
 """
 

@@ -25,7 +25,7 @@ COMPOSED = {
 
 
 def tiny_config(**overrides) -> Config:
-    """The quickstart's config, shrunken; overrides by dotted name with `__` for the dot."""
+    """The quickstart's config, shrunken, SeqPE without its gates; overrides by dotted name with `__` for the dot."""
     variant = overrides.pop("variant", "seqpe")
     values = {
         "steps": 6,
@@ -56,7 +56,7 @@ def tiny_config(**overrides) -> Config:
     else:
         values |= {"encoding.rotary_pairs": 0, "encoding.feature_width": 0}
     values |= {name.replace("__", "."): value for name, value in overrides.items()}
-    return config.load(f"{ROOT}/configs/stdlib_lm.py:{variant}", values)
+    return config.load(f"{ROOT}/configs/stdlib_lm.py:{'seqpe_logits' if variant == 'seqpe' else variant}", values)
 
 
 def every_part(kind: str, gate: str = "forget") -> dict:

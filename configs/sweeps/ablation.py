@@ -3,7 +3,7 @@
     python -m seqpe_jax.sweep --sweep=configs/sweeps/ablation.py --workdir=runs/ablation --jobs=2
     python -m seqpe_jax.report --workdir=runs/ablation --output=runs/ablation/report
 
-Names tell the task and what is missing or in another way; `full` is the page's own choice, but for the encoder of the text
+Names tell the task and what is missing or in another way; `full` is the page's own choice, of text `seqpe_logits`, but for the encoder of the text
 runs, which is as wide as the model (encoder_width.py has it narrower). These take 1000 steps, as in extrapolation.py; the
 others take their page's.
 Hardware: two CPU cores, one for each of two runs at once; about 75 minutes.
@@ -50,7 +50,7 @@ def runs():
     """Yields (name, overrides) of each run."""
     for part, fields in TEXT_PARTS.items():
         wide = {} if "variant" in fields else {"encoding.width": 96}
-        yield f"text-{part}", {"seed": 1, "steps": 1000} | wide | fields
+        yield f"text-{part}", {"variant": "seqpe_logits", "seed": 1, "steps": 1000} | wide | fields
     for part, fields in IMAGE_PARTS.items():
         yield f"digits-{part}", {"config": IMAGES, "seed": 1} | fields
     for part, fields in QUESTION_PARTS.items():

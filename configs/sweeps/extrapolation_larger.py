@@ -6,10 +6,10 @@
 Evaluated at 256 to 16,384 bytes; 1000 steps of 8 windows, three seeds, seed by seed. Fields in proportion to the window or
 the width of a head grow with them: rotary pairs are those whose period is shorter than the window (ten of 24), SeqPE's
 features are 16 wide, and its candidates lie within 2048 tokens. The learning rate is lower by sqrt(2), since the width is
-larger by 2, for all encodings. FoX, CABLE and ALiBi have the rotary pairs, FoX, CABLE and `seqpe_gated` gates that start
-open; `seqpe_gated` has the contrastive loss on vectors.
+larger by 2, for all encodings. FoX, CABLE and ALiBi have the rotary pairs, FoX and CABLE gates that start open,
+as `seqpe` has; `seqpe_logits` has none.
 Hardware: two CPU cores; about fifteen minutes a run, nine hours in all. docs/results/extrapolation_larger.csv holds seed 1
-of four of them.
+of four of them; its `seqpe` is `seqpe_logits`.
 """
 
 from seqpe_jax.sweeps import product
@@ -28,7 +28,6 @@ LARGER = {
     "optimizer.learning_rate": (2.8e-3,),
 }
 SEQPE = {
-    "variant": "seqpe",
     "encoding.max_position": 20_000,
     "encoding.width": 192,
     "encoding.feature_width": 16,
@@ -37,8 +36,8 @@ SEQPE = {
 PAIRS = {"encoding.rotary_pairs": 10}
 OPEN = {"encoding.gate_bias_init": 4.0}
 VARIANTS = {
-    "seqpe": {**SEQPE, **PAIRS},
-    "seqpe_gated": {**SEQPE, **PAIRS, **OPEN, "encoding.gate": "forget", "objective.contrastive.space": "vectors"},
+    "seqpe": {"variant": "seqpe", **SEQPE, **PAIRS},
+    "seqpe_logits": {"variant": "seqpe_logits", **SEQPE, **PAIRS},
     "fox": {"variant": "fox", **PAIRS, **OPEN},
     "cable": {"variant": "cable", **PAIRS, **OPEN},
     "alibi_pairs": {"variant": "alibi", **PAIRS},

@@ -11,7 +11,7 @@ Hardware: two CPU cores, one for each of two runs at once; about 45 minutes.
 from seqpe_jax.sweeps import product
 
 CONFIG = "configs/stdlib_lm.py"
-KINDS = ("seqpe", "rotary", "rotary_partial", "alibi", "learned", "sinusoidal", "none")
+KINDS = ("seqpe_logits", "rotary", "rotary_partial", "alibi", "learned", "sinusoidal", "none")
 RATES = (2e-3, 4e-3, 8e-3)
 
 

@@ -5,7 +5,7 @@
 
 The quickstart's model, trained on 64 bytes for 1000, 3000, 10,000 and 30,000 steps, each run with the schedule of its own
 number of steps, evaluated at 8 and 64 times the training length; seed 1. FoX and ALiBi have SeqPE's four rotary pairs, FoX
-and `seqpe_gated` gates that start open; `seqpe_gated` has the contrastive loss on vectors.
+gates that start open, as `seqpe` has; `seqpe_logits` has none.
 Hardware: two CPU cores, one for each of two runs at once; about six hours, the short runs first.
 """
 
@@ -14,7 +14,7 @@ PAIRS = {"encoding.rotary_pairs": 4}
 OPEN = {"encoding.gate_bias_init": 4.0}
 VARIANTS = {
     "seqpe": {},
-    "seqpe_gated": {**OPEN, "encoding.gate": "forget", "objective.contrastive.space": "vectors"},
+    "seqpe_logits": {"variant": "seqpe_logits"},
     "fox": {"variant": "fox", **PAIRS, **OPEN},
     "alibi_pairs": {"variant": "alibi", **PAIRS},
     "rotary": {"variant": "rotary"},

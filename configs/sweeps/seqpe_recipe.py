@@ -18,6 +18,7 @@ from seqpe_jax.sweeps import choose_parts_then_repeat
 CONFIG = "configs/stdlib_lm.py"
 WEIGHT = "objective.contrastive.weight"
 FIRST = {
+    "variant": "seqpe_logits",
     "steps": 1000,
     "encoding.rotary_pairs": 4,
     "encoding.gate": "forget",

@@ -70,7 +70,7 @@ def runs():
     """Yields (name, overrides) of each run: of the shown encodings both stages, then of the others."""
     names = (*SHOWN, *OTHER)
     variants = {name: {"variant": name, "steps": 1000, **EVALUATED} for name in names}
-    variants["seqpe"]["encoding.rotary_pairs"] = 0  # a part, as of the others
+    variants["seqpe"] |= {"variant": "seqpe_logits", "encoding.rotary_pairs": 0}  # pairs are a part, as of the others
     yield from fair_study(
         ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))),
         variants,

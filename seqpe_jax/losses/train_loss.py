@@ -413,8 +413,8 @@ def position_losses(
       window: training length, or sides of the training grid.
       max_position: exclusive limit of sampled coordinates; 0 = all that the digits can represent.
       causal: compare anchors with earlier positions only, as causal attention does; not for grids.
-      settings: `objective` section of the config; None = the recipe of `configs/stdlib_lm.py`. Weights are not applied, but a term
-        with weight 0 is left out.
+      settings: `objective` section of the config; None = the recipe of `configs/stdlib_lm.py:seqpe_logits`, which needs no
+        gates in the model. Weights are not applied, but a term with weight 0 is left out.
 
     Returns:
       {"contrastive": float32[], "distillation": float32[]}, nats.

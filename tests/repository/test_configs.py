@@ -98,7 +98,8 @@ def test_every_variant_of_a_config_parses(path):
     supported, forms = kinds_for(2 if path in IMAGES else 1), FORMS.get(path, {})
     variants = dict.fromkeys(supported) | ({} if path in IMAGES else dict.fromkeys(config.GATED)) | forms
     for variant in variants:
-        assert config.load(f"{path}:{variant}").encoding.name == forms.get(variant, variant)
+        name = config.load(f"{path}:{variant}").encoding.name
+        assert name.removesuffix("+forget") == forms.get(variant, variant)  # the recipe for text has a gate
     reason = "is for text, .* axes" if path in IMAGES else "is for images, .* one axis"
     for kind in ENCODINGS.keys() - set(supported):
         with pytest.raises(InputError, match=f"encoding.kind='{kind}' {reason}: choose one of seqpe"):
