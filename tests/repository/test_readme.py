@@ -244,6 +244,9 @@ def test_tables_of_standard_tests_say_what_is_stored(monkeypatch, tmp_path):
     assert tasks.endswith("3 of 4 runs.\n")
     assert "| passkey | 100 | 40 |\n| vt | - | 2 |" in asked
     assert "at 85.6%: passkey 256, ruler below 256." in asked
+    trials = script.trials_table("study_seqpe_recipe", "seqpe_recipe", "loss@64", "loss@256")
+    assert len(trials.splitlines()) == 2 + 12 and trials.splitlines()[2].startswith("| the first | 1.")
+    assert trials.count("**") == 4 and "| rotary_pairs=6 | 1." in trials
     published = script.published_table("ruler", "retrieval_ruler")
     assert "| Llama 3.1 8B | 128K | 32K | 95.5 |" in published and "| seqpe, 3 layers of width 96 (this page) | 256 |" in published
 
