@@ -67,12 +67,12 @@ TUNING = {"seed": 0, "eval.every": 1000, "eval.lengths": (64, 256)}
 
 
 def runs():
-    """Yields (name, overrides) of each run: of the shown encodings both stages, then of the others."""
+    """Yields (name, overrides) of each run: both stages of the shown encodings, then of one other after the other."""
     names = (*SHOWN, *OTHER)
     variants = {name: {"variant": name, "steps": 1000, **EVALUATED} for name in names}
     variants["seqpe"] |= {"variant": "seqpe_logits", "encoding.rotary_pairs": 0}  # pairs are a part, as of the others
     yield from fair_study(
-        ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))),
+        ((SHOWN, (1, 2, 3, 4, 5)), *(((name,), (1, 2, 3)) for name in OTHER)),
         variants,
         PARTS,
         {name: TAKES.get(name, USUAL) for name in names},
