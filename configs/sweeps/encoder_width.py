@@ -16,5 +16,11 @@ def runs():
     """Yields (name, overrides) of each run, one seed of all widths after the other."""
     for seed in (1, 2, 3):
         for width in (96, 48, 24):
-            point = {"variant": "seqpe_logits", "seed": seed, "steps": 1000, "eval.lengths": LENGTHS, "encoding.width": width}
+            point = {
+                "variant": "seqpe_logits",
+                "seed": seed,
+                "steps": 1000,
+                "eval.lengths": LENGTHS,
+                "encoding.width": width,
+            }
             yield f"width_{width}-{seed}", point

@@ -20,4 +20,7 @@ def runs():
     """Yields (name, overrides) of each run, one seed of both encodings after the other."""
     for seed in (1, 2, 3, 4, 5):
         for kind, parts in ROWS.items():
-            yield f"{kind}_wide-{seed}", {"variant": kind, "seed": seed, "steps": 1000, "eval.lengths": LENGTHS} | parts | WIDER
+            yield (
+                f"{kind}_wide-{seed}",
+                {"variant": kind, "seed": seed, "steps": 1000, "eval.lengths": LENGTHS} | parts | WIDER,
+            )

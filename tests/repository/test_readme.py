@@ -248,7 +248,10 @@ def test_tables_of_standard_tests_say_what_is_stored(monkeypatch, tmp_path):
     assert len(trials.splitlines()) == 2 + 12 and trials.splitlines()[2].startswith("| the first | 1.")
     assert trials.count("**") == 4 and "| rotary_pairs=6 | 1." in trials
     published = script.published_table("ruler", "retrieval_ruler")
-    assert "| Llama 3.1 8B | 128K | 32K | 95.5 |" in published and "| seqpe, 3 layers of width 96 (this page) | 256 |" in published
+    assert (
+        "| Llama 3.1 8B | 128K | 32K | 95.5 |" in published
+        and "| seqpe, 3 layers of width 96 (this page) | 256 |" in published
+    )
 
 
 def test_rows_of_the_pods_table_are_those_that_were_compiled(monkeypatch):

@@ -72,11 +72,11 @@ def test_a_suite_says_the_effective_length_and_is_added_to_the_evaluation(tmp_pa
     assert written["results"] == [{"length": 16, "loss": 1.0}] and written["suites"]["examples"] == 10
     lines = (tmp_path / "answers_passkey_1024.jsonl").read_text().splitlines()
     assert len(lines) == 10 and json.loads(lines[0])["contains_all"] == 0.0
-    for examples, kept in ((10, ["passkey", "induction", "mqar"]), (4, ["mqar"])):
+    for examples, names in ((10, ["passkey", "induction", "mqar"]), (4, ["mqar"])):
         asked = dataclasses.replace(request, suites=("mqar",), examples=examples)
         evaluate.write(evaluate.evaluate(model, evaluate.EvalRequest(suites=asked))[0], arrays, path)
         suites_ = json.loads(path.read_text())["suites"]
-        assert list(suites_["suites"]) == list(suites_["probes"]) == kept, "the same settings, then others"
+        assert list(suites_["suites"]) == list(suites_["probes"]) == names, "the same settings, then others"
     path.write_text(json.dumps({"checkpoint": model.folder, "step": 2, "results": [{"length": 16, "loss": 1.0}]}))
     evaluate.write(evaluate.evaluate(model, evaluate.EvalRequest(suites=request))[0], arrays, path)
     assert json.loads(path.read_text())["results"] == []  # those of another step are dropped
