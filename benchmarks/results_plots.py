@@ -29,7 +29,7 @@ STUDIES = {
 }
 # Rows of a study that has more of them than curves are distinguishable.
 ROWS = {
-    "study_text_fair": ("seqpe", "seqpe_recipe", "fox", "cable", "alibi", "rotary", "scale_invariant"),
+    "study_text_fair": ("seqpe", "seqpe_recipe", "kerple", "fox", "cable", "alibi", "rotary", "scale_invariant"),
     "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
     "study_images": ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "learned", "fire", "rotary"),
 }

@@ -1,4 +1,4 @@
-"""A control for study_text.py: its two strongest baselines with as many parameters as SeqPE, five seeds.
+"""A control for study_text.py: two of its strongest baselines with as many parameters as SeqPE, five seeds.
 
     python -m seqpe_jax.sweep --sweep=configs/sweeps/equal_parameters.py --workdir=runs/equal_parameters --jobs=2 \
         --results=docs/results/study_equal_parameters.json

@@ -9,7 +9,7 @@ same bytes under each context. Each encoding has twelve trials with seed 0: with
 start open, a head without position, or log scaling; with the best two of these together; at other learning rates; and with
 other values of the constant that its authors chose for their own windows. SeqPE has the same twelve, and its constants are
 forms of the contrastive loss. Each trial starts from the best one so far; the loss on the validation split at 256 bytes,
-four times the training length, decides. Then come five seeds of the encodings in the README's plot, three of the others.
+four times the training length, decides. Then come five seeds of the encodings in the README's plot, of the others three.
 The forms of scaled RoPE train as RoPE does, and are in study_text's stored results from before.
 Hardware: two CPU cores, one for each of two runs at once; about seven hours, the strongest encodings first.
 """
@@ -19,6 +19,7 @@ from seqpe_jax.sweeps import fair_study, product
 CONFIG = "configs/stdlib_lm.py"
 SHOWN = ("seqpe", "fox", "cable", "alibi", "rotary", "scale_invariant")
 OTHER = ("rope_id", "kerple", "fire", "t5", "pope", "rotary_mixed", "learned", "sinusoidal", "none", "seqpe_paper")
+SEEDS = {"kerple": (1, 2, 3, 4, 5)}  # it has the best mean of three seeds, and so a place in the plot
 PAIRS = {"encoding.rotary_pairs": 4}
 OPEN = {"encoding.gate_bias_init": 4.0}
 GATE = {"encoding.gate": "forget", **OPEN}
@@ -72,7 +73,7 @@ def runs():
     variants = {name: {"variant": name, "steps": 1000, **EVALUATED} for name in names}
     variants["seqpe"] |= {"variant": "seqpe_logits", "encoding.rotary_pairs": 0}  # pairs are a part, as of the others
     yield from fair_study(
-        ((SHOWN, (1, 2, 3, 4, 5)), *(((name,), (1, 2, 3)) for name in OTHER)),
+        ((SHOWN, (1, 2, 3, 4, 5)), *(((name,), SEEDS.get(name, (1, 2, 3))) for name in OTHER)),
         variants,
         PARTS,
         {name: TAKES.get(name, USUAL) for name in names},

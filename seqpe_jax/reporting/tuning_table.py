@@ -112,7 +112,8 @@ def _offered_parts(names: list[str], runs: dict[str, Run], fields: list[str]) ->
 
 
 def _fields(values: dict[str, Any]) -> str:
-    return ", ".join(f"{field.rpartition('.')[2]}={format_value(value)}" for field, value in values.items())
+    """Returns fields without their section: `rotary_pairs=4`, `contrastive.weight=0.1`."""
+    return ", ".join(f"{field.partition('.')[2]}={format_value(value)}" for field, value in values.items())
 
 
 def _number_cell(value: float | None) -> Cell:
