@@ -139,7 +139,7 @@ def test_difference_names_the_fields_that_differ():
             ["objective.contrastive.head_scales", "objective.contrastive.space='logits'"],
         ),
         (
-            {"objective.contrastive.head_scales": (1.0, 1.0, 1.0, -4.0)},
+            {"objective.contrastive.head_scales": (1.0, 1.0, 1.0, -4.0), "objective.contrastive.space": "logits"},
             ["head_scales=(1.0, 1.0, 1.0, -4.0)", "0 or more"],
         ),
         ({"encoding.fraction_digits": 6}, ["encoding.fraction_digits=6", "encoding.max_position=5000", "lower one"]),
@@ -155,7 +155,10 @@ def test_difference_names_the_fields_that_differ():
         (MULTIPLIED | {"encoding.log_scaling": True}, ["encoding.log_scaling", "attn_mul"]),
         ({"objective.contrastive.mixture": (0.5, 0.4)}, ["objective.contrastive.mixture", "three"]),
         ({"objective.contrastive.candidates": 5000}, ["objective.contrastive.candidates=5000"]),
-        ({"encoding.mode": "attn_mul"}, ["objective.contrastive.space", "attn_scalar"]),
+        (
+            {"encoding.mode": "attn_mul", "objective.contrastive.space": "logits"},
+            ["objective.contrastive.space", "attn_scalar"],
+        ),
         ({"objective.distillation.offsets": 65}, ["objective.distillation.offsets=65", "64 positions"]),
         ({"objective.skip.rate": 0.5, "objective.skip.range": 10}, ["objective.skip.range=10", "64"]),
         ({"objective.shift.rate": 0.7, "objective.skip.rate": 0.7}, ["at most 1"]),
@@ -279,7 +282,7 @@ SWITCHES = [  # settings under which a field is not read; the settings under whi
     ({"objective.contrastive.weight": 0.0}, {}, "objective.contrastive.batch", 8),
     ({"objective.contrastive.mixture": (1.0, 0.0, 0.0)}, {}, "objective.contrastive.window", 64),
     ({"objective.contrastive.mixture": (1.0, 0.0, 0.0)}, {}, "objective.contrastive.hard_fraction", 0.5),
-    ({}, {"objective.contrastive.space": "vectors"}, "objective.contrastive.per_head", True),
+    ({"objective.contrastive.space": "logits"}, {}, "objective.contrastive.per_head", True),
     ({"objective.distillation.weight": 0.0}, {}, "objective.distillation.offsets", 8),
     ({"objective.shift.rate": 0.0}, {"objective.shift.rate": 0.5}, "objective.shift.sets", 2),
     (
