@@ -116,7 +116,10 @@ def trials_table(name: str, row: str, *metrics: str) -> str:
     runs = {run.name: run for run in study.tuning_runs}
     trials = [runs[trial] for trial in next(iter(best.values()))["runs"]]
     measured = {metric: [last_measured(run, f"eval/{metric}") for run in trials] for metric in metrics}
-    lowest = {metric: min(filter(None, values), default=None) for metric, values in measured.items()}
+    lowest = {
+        metric: min((value for value in values if value is not None), default=None)
+        for metric, values in measured.items()
+    }
     rows = []
     for index, run in enumerate(trials):
         changed = [
@@ -264,9 +267,7 @@ def headline(page: pathlib.Path, names: str, key: str, rows: str) -> str:
     task = TASKS[study.name].capitalize()
     said = " ".join(outcome_sentence(own, metric) for own in by_row)
     words = f"**{task}: {said}** {metric.title}, {metric.direction}; "
-    words += (
-        f"means of {' or '.join(map(str, seeds))} seeds, with Holm's correction; a tie means that the seeds do not "
-    )
+    words += f"means of {', '.join(map(str, seeds))} seeds, with Holm's correction; a tie means that the seeds do not "
     words += "separate two encodings."
     planned = [one for one in names.split(",") if one.partition("+")[0] in planned_studies()]
     unfinished = [one for one in planned if _unfinished(study_of(one))]

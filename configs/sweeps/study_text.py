@@ -71,7 +71,7 @@ def runs():
     """Yields (name, overrides) of each run: both stages of the shown encodings, then of one other after the other."""
     names = (*SHOWN, *OTHER)
     variants = {name: {"variant": name, "steps": 1000, **EVALUATED} for name in names}
-    variants["seqpe"] |= {"variant": "seqpe_logits", "encoding.rotary_pairs": 0}  # pairs are a part, as of the others
+    variants["seqpe"] |= {"variant": "seqpe_logits", "encoding.rotary_pairs": 0}  # pairs are a part, as for the others
     yield from fair_study(
         ((SHOWN, (1, 2, 3, 4, 5)), *(((name,), SEEDS.get(name, (1, 2, 3))) for name in OTHER)),
         variants,
