@@ -162,6 +162,12 @@ def test_difference_names_the_fields_that_differ():
         ({"objective.distillation.offsets": 65}, ["objective.distillation.offsets=65", "64 positions"]),
         ({"objective.skip.rate": 0.5, "objective.skip.range": 10}, ["objective.skip.range=10", "64"]),
         ({"objective.shift.rate": 0.7, "objective.skip.rate": 0.7}, ["at most 1"]),
+        ({"objective.shift.carries": 0.5, "objective.shift.starts": 9}, ["objective.shift.starts=9", "one of the two"]),
+        (
+            {"objective.shift.carries": 0.5, "encoding.base": 36, "encoding.max_position": 36, "data.length": 36}
+            | {"eval.lengths": (), "objective.contrastive.candidates": 8, "objective.distillation.weight": 0.0},
+            ["encoding.base=36 is larger than a window of 36", "objective.shift.carries to 0"],
+        ),
         ({"optimizer.warmup_steps": 10**6}, ["optimizer.warmup_steps"]),
         ({"data.name": "text_files"}, ["data.paths"]),
         (
@@ -291,6 +297,7 @@ SWITCHES = [  # settings under which a field is not read; the settings under whi
         "objective.shift.starts",
         2,
     ),
+    ({"objective.shift.rate": 0.0}, {"objective.shift.rate": 0.5}, "objective.shift.carries", 0.5),
     ({}, {"objective.skip.rate": 0.5}, "objective.skip.chunks", 3),
     ({}, {"model.window": 8}, "model.window_layers", (1, 0)),
     ({"model.kind": "llama"}, {}, "model.activation", "relu"),

@@ -348,6 +348,11 @@ class ShiftConfig:
     rate: float = _field(0.0, "probability that a step is shifted", **limits.FRACTION)
     sets: int = _field(1, "different windows in a batch; example i has window i mod sets", **limits.BATCH)
     starts: int = _field(0, "number of fixed starts that are drawn from; 0 = all", **limits.UNITS)
+    carries: float = _field(
+        0.0,
+        "share of the windows that lie over a carry, as from 999 to 1000, which few windows hold by chance",
+        **limits.FRACTION,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from seqpe_jax.config.encodings import ENCODINGS, LearnedConfig, SeqPEConfig, ki
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, OptimizerConfig
 from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError
+from seqpe_jax.positions.counting import carry_levels
 
 MAX_POSITION_UNITS = 2**30  # of positions along an axis, which are int32
 MAX_POSITIONS_PER_STEP = 2**28
@@ -232,6 +233,8 @@ def _check_drawn_positions(config: Config) -> None:
             "a learned table has entries for the training positions alone: set objective.shift.rate and skip.rate to 0, or "
             "encoding.table_length to the positions that are drawn"
         )
+    if shift.carries:
+        _check_carries(config)
     if shift.rate + skip.rate > 1:
         raise InputError("objective.shift.rate + objective.skip.rate must be at most 1: a step is shifted or skipped")
     skip_range = skip.range or encoding.max_position
@@ -242,6 +245,24 @@ def _check_drawn_positions(config: Config) -> None:
         )
     if skip.rate and skip.chunks > side:
         raise InputError(f"objective.skip.chunks={skip.chunks} is more than the {side} positions of an example")
+
+
+def _check_carries(config: Config) -> None:
+    """Raises InputError if no window can lie over a carry, or if starts are chosen before."""
+    encoding, sides = config.encoding, config.grid
+    if config.objective.shift.starts:
+        raise InputError(
+            f"objective.shift.starts={config.objective.shift.starts} fixes where windows start, and objective.shift.carries "
+            "chooses other starts: set one of the two to 0"
+        )
+    resolution = encoding.position_resolution
+    limit = encoding.max_position * resolution
+    if not any(side > 1 and carry_levels((side - 1) * resolution, limit, encoding.base) for side in sides):
+        raise InputError(
+            f"objective.shift.carries={config.objective.shift.carries}: below encoding.max_position={encoding.max_position} no "
+            f"power of encoding.base={encoding.base} is larger than a window of {max(sides)}: raise encoding.max_position, or "
+            "set objective.shift.carries to 0"
+        )
 
 
 # --- Data
@@ -700,6 +721,11 @@ CONDITIONS = (
     ),
     Condition(
         ("objective.shift.starts",), lambda config: config.objective.shift.rate > 0, "objective.shift.rate above 0"
+    ),
+    Condition(
+        ("objective.shift.carries",),
+        lambda config: config.objective.shift.rate > 0 and isinstance(config.encoding, SeqPEConfig),
+        "objective.shift.rate above 0 and encoding.kind='seqpe', which reads digits",
     ),
     Condition(
         ("objective.skip.chunks", "objective.skip.range"),

@@ -117,6 +117,9 @@ def _offset_or_skip(
             **grid,
             num_start_positions=settings.shift.starts,
             subset_key=stream(key, "shift starts"),
+            carry_share=settings.shift.carries,
+            base=model_spec.base,
+            grid_start_A=first_A,
         )
         positions_PLA = jnp.where(has_offset, positions_PLA + offsets_PA[:, None], positions_PLA)
     if settings.skip.rate:

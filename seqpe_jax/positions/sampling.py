@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.positions.counting import carry_levels
 
 ROUNDS = 6  # of the Feistel network; even, so that halves of different widths end at their own sides
 MIN_BITS = 6  # with fewer the orders of a few values are visibly uneven (counted over pairs of 100,000 orders)
@@ -112,8 +113,14 @@ def random_offsets(
     position_resolution: int = 1,
     num_start_positions: int = 0,
     subset_key: jax.Array | None = None,
+    carry_share: float = 0.0,
+    base: int = 10,
+    grid_start_A: np.ndarray | int = 0,
 ) -> jax.Array:
     """Returns first positions int32[P, A] of grids anywhere in range.
+
+    A carry is where a digit changes that stays the same in most windows: at the multiples of each power of the base that is
+    larger than a window. From 999 to 1000 all digits change at once, but a window of 64 rarely holds both.
 
     Args:
       key: PRNG key.
@@ -123,11 +130,24 @@ def random_offsets(
       position_resolution: distance of neighboring positions.
       num_start_positions: sample from a fixed subset of so many first positions; 0: from all.
       subset_key: PRNG key that determines the subset.
+      carry_share: share of the grids that lie over a carry along an axis, each power of the base equally often.
+      base: base of the digits.
+      grid_start_A: int32, position of the first element of the grid at the origin, to which the result is added.
 
     Raises:
       InputError: the grid does not fit into the range, or the subset cannot be chosen.
     """
     free_range = _free_range(shape, max_position, position_resolution)
+    if carry_share:
+        return _starts_over_carries(
+            key,
+            carry_share,
+            num_sets,
+            extents=tuple((side - 1) * position_resolution for side in shape),
+            free_range=free_range,
+            base=base,
+            grid_start_A=np.broadcast_to(grid_start_A, len(shape)),
+        )
     if not num_start_positions:
         return integers_below(jax.random.bits(key, (num_sets, len(shape)), jnp.uint32), np.array(free_range))
     total = math.prod(free_range)
@@ -137,6 +157,32 @@ def random_offsets(
         raise InputError(f"objective.shift.starts={num_start_positions} needs a key that determines the subset")
     index = integers_below(jax.random.bits(key, (num_sets,), jnp.uint32), min(num_start_positions, total))
     return unravel(permute(subset_key, index, total), free_range)
+
+
+def _starts_over_carries(
+    key: jax.Array,
+    carry_share: float,
+    num_sets: int,
+    *,
+    extents: tuple[int, ...],
+    free_range: tuple[int, ...],
+    base: int,
+    grid_start_A: np.ndarray,
+) -> jax.Array:
+    """Returns first positions int32[P, A], of which a share has a carry between first and last position along each axis."""
+    bits = jax.random.bits(key, (len(extents), 5, num_sets), jnp.uint32)
+    starts = []
+    for axis, (extent, free) in enumerate(zip(extents, free_range, strict=True)):
+        origin, words = int(grid_start_A[axis]), bits[axis]
+        start_P = integers_below(words[0], free)
+        levels = np.array(carry_levels(extent, origin + free + extent, base), np.int32)
+        if extent and len(levels):
+            level_P = jnp.asarray(levels)[integers_below(words[1], len(levels))]
+            carry_P = level_P * (1 + integers_below(words[2], (origin + free + extent - 1) // level_P))
+            over_P = jnp.clip(carry_P - origin - 1 - integers_below(words[3], extent), 0, free - 1)
+            start_P = jnp.where(uniform_floats(words[4]) < carry_share, over_P, start_P)
+        starts.append(start_P)
+    return jnp.stack(starts, axis=-1)
 
 
 def pose_skip(

@@ -120,6 +120,40 @@ def test_random_offsets_reach_every_start_and_a_subset_only_its_own(shape):
     assert subset[0] == subset[1] and len(subset[0]) == 2
 
 
+@pytest.mark.parametrize(
+    "shape,limit,base,resolution,grid_start,levels",
+    [
+        ((64,), 5000, 10, 1, 0, [100, 1000]),
+        ((9,), 100, 2, 1, 0, [16, 32, 64]),  # 8 lies in every window of nine
+        ((4, 1), 500, 10, 10, 5, [100]),  # tenths, cell centers; one row has no carry to lie over
+    ],
+)
+def test_windows_over_carries(shape, limit, base, resolution, grid_start, levels):
+    """With a share of 1 each window has a multiple of a power above its extent, each power about as often, all in range."""
+    draw = functools.partial(
+        sampling.random_offsets,
+        num_sets=6000,
+        shape=shape,
+        max_position=limit - grid_start,
+        position_resolution=resolution,
+        base=base,
+        grid_start_A=grid_start,
+    )
+    first = np.asarray(jax.jit(functools.partial(draw, carry_share=1.0))(KEY)) + grid_start
+    last = first + (np.array(shape) - 1) * resolution
+    assert first.min() >= grid_start and last.max() < limit
+    over = [(last[:, 0] // level > first[:, 0] // level).mean() for level in levels]
+    chance = np.asarray(jax.jit(draw)(KEY))[:, 0] + grid_start
+    extent = (shape[0] - 1) * resolution
+    by_chance = [((chance + extent) // level > chance // level).mean() for level in levels]
+    assert over[0] == 1.0 and by_chance[0] < 1.0
+    for number, (share, least) in enumerate(zip(over[1:], by_chance[1:], strict=True), 1):
+        assert share > (len(levels) - number) / len(levels) - 0.03 > least
+    half = np.asarray(jax.jit(functools.partial(draw, carry_share=0.5))(KEY))[:, 0] + grid_start
+    share = ((half + extent) // levels[0] > half // levels[0]).mean()
+    assert abs(share - (1 + by_chance[0]) / 2) < 0.03
+
+
 @pytest.mark.parametrize("shape,chunks", [((10,), 2), ((10,), 4), ((4, 6), 2)])
 def test_pose_skip_increases_strictly_within_its_range(shape, chunks):
     found = np.asarray(
