@@ -6,7 +6,7 @@ results is taken. A name may be FIRST+SECOND, with the rows of both.
 - `<!-- results: STUDIES METRIC [rows] -->`: a line for each row, or for those named (comma-separated, in that order), a
   column for each evaluated length or size, with means, intervals and tests over all rows of the study as a report has them
   (`seqpe_jax.reporting`), then parameters and FLOPs.
-- `<!-- contexts: STUDIES -->`: the same tokens under several contexts.
+- `<!-- contexts: STUDIES [rows] -->`: the same tokens under several contexts.
 - `<!-- parts: STUDIES -->`: the parts, learning rates and constants that trials chose.
 - `<!-- trials: STUDIES ROW METRIC ... -->`: the trials of one row, what each changes in the first, and its metrics on the validation split.
 - `<!-- significance: STUDIES METRIC [labels]; ... -->`: for each length or size, or for those named, the row with the best mean,
@@ -20,6 +20,7 @@ results is taken. A name may be FIRST+SECOND, with the rows of both.
   and how far a study has come that is not finished.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -87,9 +88,15 @@ def table(names: str, key: str, rows: str = "") -> str:
     return tables.markdown(tables.Table("", header, list(wanted)))
 
 
-def contexts_table(names: str) -> str:
-    """Returns the markdown table of the same tokens under several contexts."""
-    found = tables.by_context(study_of(first_stored(names))) if is_stored(first_stored(names)) else None
+def contexts_table(names: str, rows: str = "") -> str:
+    """Returns the markdown table of the same tokens under several contexts; rows: as in `table`."""
+    name = first_stored(names)
+    if not is_stored(name):
+        return "No row has been evaluated yet.\n"
+    study = study_of(name)
+    if rows:
+        study = dataclasses.replace(study, runs=[run for row in rows.split(",") for run in study.runs_of(row)])
+    found = tables.by_context(study)
     if found is None:
         return "No row has been evaluated yet.\n"
     lines = [row for row in found.rows if not all(cell.missing for cell in row[1:])]

@@ -48,7 +48,8 @@ def get_config(variant=None):
     c.encoding.max_position = 100 if paper else 10
     c.encoding.mode = "attn_scalar"
     c.encoding.qk = "multi"
-    c.encoding.width = 96
+    # The encoder's work does not shrink with the videos: at the model's width it is as much as all of RoPE's step.
+    c.encoding.width = 96 if variant == "seqpe_paper" else 24
     c.encoding.heads = 4
     c.encoding.dropout = 0.0
     if variant in (None, "seqpe", "seqpe_paper"):
