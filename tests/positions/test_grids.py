@@ -61,6 +61,21 @@ def test_sampled_positions_are_those_of_older_versions(name):
         assert zlib.crc32(b"".join(np.asarray(leaf).astype(np.int32).tobytes() for leaf in leaves)) == expected
 
 
+@pytest.mark.parametrize(
+    "name, fields, carry",
+    [
+        ("stdlib_lm", {"encoding.base": 7}, 343),
+        ("digits_vit", {"encoding.max_position": 20, "objective.zoom.rate": 0.0}, 100),
+    ],
+)
+def test_shifted_windows_of_a_config_lie_over_carries(name, fields, carry):
+    """Multiples of the config's base, between first and last position of the grid as the encoder reads them."""
+    fields |= {"objective.shift.rate": 1.0, "objective.shift.carries": 1.0, "objective.shift.sets": 16}
+    draw = jax.jit(Trainer.of(config.load(f"{ROOT}/configs/{name}.py", fields)).train_loss.sample)
+    windows = np.concatenate([np.asarray(draw(KEY, step).positions_PLA) for step in range(4)])
+    assert (windows.min(axis=1) // carry < windows.max(axis=1) // carry).all()
+
+
 @pytest.mark.parametrize("unit, side", [(8, 4), (10, 4), (9, 5), (2, 14)])
 def test_interpolated_positions_are_cell_centers(unit, side):
     position_grid = PositionGrid(unit, (side, side))
