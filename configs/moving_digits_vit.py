@@ -4,7 +4,7 @@
     python -m seqpe_jax.evaluate --checkpoint=runs/moving --output=runs/moving/evaluation.json
 
 Trained on four frames in a row of 16 x 16 pixels, evaluated on four and on eight, at 16 to 32 pixels. Hardware: one CPU
-core; 7 minutes. Result, five seeds: 85, 75 and 47% top-1 at 16, 24 and 32 pixels on four frames, and 84, 81 and 47% on
+core; 5 minutes. Result, five seeds: 84, 74 and 49% top-1 at 16, 24 and 32 pixels on four frames, and 84, 80 and 48% on
 eight (all encodings: docs/results.md, configs/sweeps/moving_digits.py).
 Variants: seqpe (default), seqpe_paper (the form of the paper), rotary_mixed, learned, and any other
 encoding of grids (docs/encodings.md).
