@@ -1,11 +1,11 @@
-"""SeqPE on text with windows over carries: which share of the shifted windows, then five seeds of the best.
+"""SeqPE on text with windows across carries: trials of their share, then five seeds of the best.
 
     python -m seqpe_jax.sweep --sweep=configs/sweeps/carries.py --workdir=runs/carries --jobs=2 \
         --results=docs/results/study_carries.json
     python -m seqpe_jax.report --results=docs/results/study_carries.json --output=runs/carries/report
 
-From 999 to 1000 all digits change. Of the shifted windows of 64 bytes 6% hold such a carry by chance, and losses rise for some
-twenty bytes behind it. objective.shift.carries places a share of the windows there. The loss on the validation split at 4096
+From 999 to 1000 all digits change. By chance 6% of the shifted windows of 64 bytes straddle such a carry, and losses rise for
+about twenty bytes after it. objective.shift.carries is the share of the shifted windows that do. The loss on the validation split at 4096
 bytes, with seed 0, chooses the share. Data, steps, seeds and evaluations are those of study_text.py, the other fields those of
 its row `seqpe`, the default of the config.
 Hardware: two CPU cores, one for each of two runs at once; about 15 minutes.

@@ -350,7 +350,7 @@ class ShiftConfig:
     starts: int = _field(0, "number of fixed starts that are drawn from; 0 = all", **limits.UNITS)
     carries: float = _field(
         0.0,
-        "share of the windows that lie over a carry, as from 999 to 1000, which few windows hold by chance",
+        "share of the shifted windows that straddle a carry, as from 999 to 1000; few do by chance",
         **limits.FRACTION,
     )
 

@@ -248,7 +248,7 @@ def _check_drawn_positions(config: Config) -> None:
 
 
 def _check_carries(config: Config) -> None:
-    """Raises InputError if no window can lie over a carry, or if starts are chosen before."""
+    """Raises InputError if no window can straddle a carry, or if the starts are fixed."""
     encoding, sides = config.encoding, config.grid
     if config.objective.shift.starts:
         raise InputError(

@@ -130,7 +130,7 @@ def random_offsets(
       position_resolution: distance of neighboring positions.
       num_start_positions: sample from a fixed subset of so many first positions; 0: from all.
       subset_key: PRNG key that determines the subset.
-      carry_share: share of the grids that lie over a carry along an axis, each power of the base equally often.
+      carry_share: share of the grids that straddle a carry along an axis, each power of the base equally often.
       base: base of the digits.
       grid_start_A: int32, position of the first element of the grid at the origin, to which the result is added.
 
@@ -139,7 +139,7 @@ def random_offsets(
     """
     free_range = _free_range(shape, max_position, position_resolution)
     if carry_share:
-        return _starts_over_carries(
+        return _starts_across_carries(
             key,
             carry_share,
             num_sets,
@@ -159,7 +159,7 @@ def random_offsets(
     return unravel(permute(subset_key, index, total), free_range)
 
 
-def _starts_over_carries(
+def _starts_across_carries(
     key: jax.Array,
     carry_share: float,
     num_sets: int,
@@ -179,8 +179,8 @@ def _starts_over_carries(
         if extent and len(levels):
             level_P = jnp.asarray(levels)[integers_below(words[1], len(levels))]
             carry_P = level_P * (1 + integers_below(words[2], (origin + free + extent - 1) // level_P))
-            over_P = jnp.clip(carry_P - origin - 1 - integers_below(words[3], extent), 0, free - 1)
-            start_P = jnp.where(uniform_floats(words[4]) < carry_share, over_P, start_P)
+            across_P = jnp.clip(carry_P - origin - 1 - integers_below(words[3], extent), 0, free - 1)
+            start_P = jnp.where(uniform_floats(words[4]) < carry_share, across_P, start_P)
         starts.append(start_P)
     return jnp.stack(starts, axis=-1)
 

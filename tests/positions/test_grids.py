@@ -68,7 +68,7 @@ def test_sampled_positions_are_those_of_older_versions(name):
         ("digits_vit", {"encoding.max_position": 20, "objective.zoom.rate": 0.0}, 100),
     ],
 )
-def test_shifted_windows_of_a_config_lie_over_carries(name, fields, carry):
+def test_shifted_windows_of_a_config_straddle_carries(name, fields, carry):
     """Multiples of the config's base, between first and last position of the grid as the encoder reads them."""
     fields |= {"objective.shift.rate": 1.0, "objective.shift.carries": 1.0, "objective.shift.sets": 16}
     draw = jax.jit(Trainer.of(config.load(f"{ROOT}/configs/{name}.py", fields)).train_loss.sample)

@@ -125,10 +125,10 @@ def test_random_offsets_reach_every_start_and_a_subset_only_its_own(shape):
     [
         ((64,), 5000, 10, 1, 0, [100, 1000]),
         ((9,), 100, 2, 1, 0, [16, 32, 64]),  # 8 lies in every window of nine
-        ((4, 1), 500, 10, 10, 5, [100]),  # tenths, cell centers; one row has no carry to lie over
+        ((4, 1), 500, 10, 10, 5, [100]),  # tenths, cell centers; one row straddles nothing
     ],
 )
-def test_windows_over_carries(shape, limit, base, resolution, grid_start, levels):
+def test_windows_across_carries(shape, limit, base, resolution, grid_start, levels):
     """With a share of 1 each window has a multiple of a power above its extent, each power about as often, all in range."""
     draw = functools.partial(
         sampling.random_offsets,
