@@ -21,8 +21,8 @@ from tests.tiny_text import write_mixture
 pytestmark = pytest.mark.slow
 
 CHEAP = {"config": "tests/tiny_text.py:alibi", "steps": 64, "checkpoint__every": 8, "report__every": 8}
-# An evaluation after half of the steps that lasts for seconds.
-EVALUATED = {"eval__every": 32, "eval__lengths": (16,), "eval__batch_tokens": 16, "eval__tokens": 48_000}
+# An evaluation after half of the steps that lasts far longer than JAX needs to agree on a stop, some seconds.
+EVALUATED = {"eval__every": 32, "eval__lengths": (16,), "eval__batch_tokens": 16, "eval__tokens": 480_000}
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_a_stopped_process_and_a_sleeping_loader_are_named_in_time(commands, beg
 
 def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, begin, tmp_path):
     numbers = tmp_path / "numbers.txt"
-    numbers.write_text("".join(f"{number} plus {number} is {2 * number}\n" for number in range(4000)))
+    numbers.write_text("".join(f"{number} plus {number} is {2 * number}\n" for number in range(40_000)))
     workdir, fields = tmp_path / "run", CHEAP | EVALUATED | {"data__paths": str(numbers)}
     results, seconds = interrupt(commands, begin(workdir, 2, 1, **fields), workdir, 1, signal.SIGKILL)
     assert results[1].code == -signal.SIGKILL and results[0].code == 1 and seconds < 60
