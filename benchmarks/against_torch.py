@@ -13,6 +13,7 @@ RoPE in float32 without dropout. Prints the median of the turns' ratios, ours ov
 import json
 import os
 import pathlib
+import platform
 import statistics
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def main() -> None:
         "mode": _MODE.value,
         "kind": model.kind,
         "sizes": sizes,
+        "processor": _processor(),
         "jax": jax.__version__,
         "torch": version,
         "turns": len(ours),
@@ -105,6 +107,14 @@ def main() -> None:
     )
     if _OUTPUT.value:
         atomic_write(pathlib.Path(_OUTPUT.value), json.dumps(found, indent=1) + "\n")
+
+
+def _processor() -> str:
+    """Returns the processor's name where Linux says it, else that of its architecture."""
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _train(trainer: Trainer, sizes: dict[str, int]) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """The other side of against_loaders.py, by an interpreter that has torchvision, or datasets and transformers.
 
-Gets the mode, a folder and the size of images; prints "ready" and versions; then works once for each line of stdin, and prints
-the CPU seconds.
+images FOLDER SIZE prints "ready" and versions, then works once for each line of stdin, and prints the CPU seconds.
+tokens FOLDER PROCESSES OUTPUT tokenizes the folder's text.jsonl once. versions prints those of the packages for tokens.
 """
 
 import pathlib
@@ -30,30 +30,42 @@ def images(folder: pathlib.Path, size: int):
     return f"torchvision {torchvision.__version__}", lambda: [source[index] for index in range(len(source))]
 
 
-def tokens(folder: pathlib.Path, size: int):
-    """Returns (versions, a function that encodes the text)."""
-    del size
+def tokens(folder: pathlib.Path, processes: int, output: str) -> None:
+    """Tokenizes text.jsonl and writes the ids."""
     import datasets
     import transformers
 
-    datasets.disable_caching()
     datasets.disable_progress_bars()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    data = datasets.load_dataset("json", data_files=str(folder / "text.jsonl"), split="train", cache_dir=str(folder))
-    versions = f"datasets {datasets.__version__}, transformers {transformers.__version__}"
-    return versions, lambda: data.map(
-        lambda batch: tokenizer(batch["text"]), batched=True, remove_columns=["text"], load_from_cache_file=False
+    data = datasets.load_dataset(
+        "json", data_files=str(folder / "text.jsonl"), split="train", cache_dir=output + ".cache"
     )
+    ids = data.map(
+        lambda batch: {"input_ids": tokenizer(batch["text"])["input_ids"]},
+        batched=True,
+        num_proc=processes,
+        remove_columns=["text"],
+    )
+    ids.save_to_disk(output)
 
 
-def main(mode: str, folder: str, size: str) -> None:
-    """Works once for each line of stdin."""
-    versions, work = {"images": images, "tokens": tokens}[mode](pathlib.Path(folder), int(size))
-    print("ready", versions, flush=True)
-    for _ in sys.stdin:
-        start = time.process_time()
-        work()
-        print(time.process_time() - start, flush=True)
+def main(mode: str, folder: str = "", *rest: str) -> None:
+    """images: works once for each line of stdin."""
+    if mode == "versions":
+        import datasets
+        import transformers
+
+        print(f"datasets {datasets.__version__}, transformers {transformers.__version__}")
+    elif mode == "tokens":
+        processes, output = rest
+        tokens(pathlib.Path(folder), int(processes), output)
+    else:
+        versions, work = images(pathlib.Path(folder), int(rest[0]))
+        print("ready", versions, flush=True)
+        for _ in sys.stdin:
+            start = time.process_time()
+            work()
+            print(time.process_time() - start, flush=True)
 
 
 if __name__ == "__main__":
