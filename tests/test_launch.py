@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import io
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
 import types
@@ -743,6 +745,28 @@ def test_the_page_has_the_stored_ratios(name):
     low, high = ratio["quarters"]
     page = (ROOT / "docs/performance.md").read_text()
     assert f"takes {ratio['median']:.2f} (quartiles {low:.2f} to {high:.2f})" in page and f"results/{name}.json" in page
+
+
+def test_the_text_at_middle_scale_is_code_and_documentation(tmp_path, monkeypatch):
+    """Python files and docs/*.txt, not the empty, the foreign or those in another character set."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    extract = runpy.run_path(str(BENCHMARKS / "midscale_data.py"))["extract"]
+    files = {
+        "docs/ref/a.txt": b"How.\n",
+        "b/c.py": b"\nx = 1",
+        "b/__init__.py": b"",
+        "b/d.txt": b"no",
+        "docs/e.js": b"no",
+    }
+    files["b/f.py"] = "caf\u00e9".encode("latin-1")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package-1.0/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    paths = extract(tmp_path / "a.tar.gz", tmp_path / "corpus")
+    found = {str(path.relative_to(tmp_path / "corpus")): path.read_bytes() for path in paths}
+    assert found == {"code/b__c.py": b"x = 1\n", "english/docs__ref__a.txt": b"How.\n"}
 
 
 def test_growth_is_drawn_from_what_is_stored(tmp_path, monkeypatch):

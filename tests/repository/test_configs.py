@@ -43,7 +43,16 @@ RUN_FAST = RUN[:1]
 TRACED = [f"{path.stem}:seqpe" for path in CONFIGS if f"{path.stem}:seqpe" not in RUN]
 TRACED += ["imagenet_vit:seqpe_extended", "digits_vit:rotary_mixed", "wikitext103_gpt2:seqpe_extended"]
 # At small sizes these differ from others of this list or of RUN in numbers or in a part that a third has: only -m long traces them.
-REPEATED = ("decoder_lm", "extend_context", "glyphs_vit", "imagenet_vit", "llama_1b", "lm_8b", "speed_lm")
+REPEATED = (
+    "decoder_lm",
+    "extend_context",
+    "glyphs_vit",
+    "imagenet_vit",
+    "llama_1b",
+    "lm_8b",
+    "midscale_lm",
+    "speed_lm",
+)
 REPEATED = tuple(f"{stem}:seqpe" for stem in (*REPEATED, "squad_qa_gpt2", "wikitext103_gpt2"))
 
 # Sizes only: what a config computes stays its own.
