@@ -98,10 +98,11 @@ def _seconds(command: list[str]) -> float:
 
 def _compare_tokens(folder: pathlib.Path, python: str, turns: int) -> tuple[str, int, list[float], list[float]]:
     """Returns (versions of the other side, bytes, our seconds, theirs)."""
-    size, theirs_script = (
-        _write_text(folder, _MEGABYTES.value * 10**6),
-        pathlib.Path(__file__).with_name("torch_loaders.py"),
-    )
+    theirs_script = pathlib.Path(__file__).with_name("torch_loaders.py")
+    found = subprocess.run([python, str(theirs_script), "versions"], stdout=subprocess.PIPE, text=True)
+    if found.returncode:
+        sys.exit(f"error: --python={python} has no datasets and transformers: see above")
+    size = _write_text(folder, _MEGABYTES.value * 10**6)
     ours_command = [sys.executable, "-m", "seqpe_jax.prepare", f"--config={ROOT / 'configs' / 'stdlib_lm.py'}"]
     ours_command += [f"--config.data.{name}" for name in ("name=text", f"paths={folder / 'text.jsonl'}")]
     ours_command += [f"--config.data.tokenizer={folder / 'tokenizer.json'}", f"--processes={PROCESSES}"]
@@ -111,8 +112,7 @@ def _compare_tokens(folder: pathlib.Path, python: str, turns: int) -> tuple[str,
         ours.append(_seconds([*ours_command, f"--output={folder / f'ours{turn}'}"]))
         theirs.append(_seconds([*theirs_command, str(folder / f"theirs{turn}")]))
         print(f"turn {turn + 1} of {turns}: {ours[-1]:.1f} s and {theirs[-1]:.1f} s", flush=True)
-    versions = subprocess.run([python, str(theirs_script), "versions"], capture_output=True, text=True).stdout.strip()
-    return versions, size, ours, theirs
+    return found.stdout.strip(), size, ours, theirs
 
 
 def _compare_images(folder: pathlib.Path, python: str, turns: int) -> tuple[str, int, list[float], list[float]]:

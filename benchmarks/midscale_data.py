@@ -1,6 +1,6 @@
 """Fetches the text of configs/midscale_lm.py, and trains its tokenizer.
 
-    python benchmarks/midscale_data.py                   writes runs/corpus (--folder=DIR: elsewhere)
+    python benchmarks/midscale_data.py                   writes runs/corpus, or --folder=DIR
 
 Code and English from one archive of the Python package index, Django 5.2 (BSD licence): 17 MB of Python and 6 MB of
 documentation. The tokenizer is a byte-level BPE of 8,192 tokens, trained on both. The archive is compared with its checksum.

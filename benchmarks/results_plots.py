@@ -25,13 +25,22 @@ STUDIES = {
     "study_text_fair+study_seqpe_recipe": plots.extrapolation,
     "study_text": plots.extrapolation,
     "questions": plots.extrapolation_answers,
-    "study_images": plots.extrapolation_sizes,
+    "study_images_fair": plots.extrapolation_sizes,
 }
 # Rows of a study that has more of them than curves are distinguishable.
 ROWS = {
     "study_text_fair": ("seqpe", "seqpe_recipe", "kerple", "fox", "cable", "alibi", "rotary", "scale_invariant"),
     "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
-    "study_images": ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "learned", "fire", "rotary"),
+    "study_images_fair": (
+        "seqpe",
+        "rotary_mixed",
+        "rotary_axial",
+        "sinusoidal",
+        "lookhere",
+        "pape",
+        "fire_signed",
+        "learned",
+    ),
 }
 SUITES = ("retrieval_suites", "retrieval_ruler")  # probes that `results.py --suites` stored
 DIGEST = "Source"  # of the PNG's texts

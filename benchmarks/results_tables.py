@@ -53,7 +53,7 @@ TASKS = {
     "encoder_width": "text",
     "extend_context": "text",
     "questions": "questions",
-    "study_images": "images",
+    "study_images_fair": "images",
     "moving_digits": "video",
 }
 MAX_TIES = 4  # rows that tie of which a table of several studies gives the names; then it gives their number

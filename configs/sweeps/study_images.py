@@ -56,7 +56,7 @@ TUNING = {"seed": 0, "eval.every": 800, "eval.sizes": (8, 16)}
 
 
 def runs():
-    """Yields (name, overrides) of each run: of the first encodings both stages, then of the others."""
+    """Yields (name, overrides) of each run: both stages of the first encodings, then of one other after the other."""
     names = (*SHOWN, *OTHER)
     takes = {name: TAKES.get(name, PARTS) for name in names}
     variants = {name: {"variant": name.removesuffix("_crops").removesuffix("_signed")} for name in names}
@@ -66,7 +66,7 @@ def runs():
         if "zoom" in takes[name]:  # the config file has it on
             variants[name]["objective.zoom.rate"] = 0.0
     yield from fair_study(
-        ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))),
+        ((SHOWN, (1, 2, 3, 4, 5)), *(((name,), (1, 2, 3)) for name in OTHER)),
         variants,
         PARTS,
         takes,
