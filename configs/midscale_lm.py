@@ -5,7 +5,7 @@
     python -m seqpe_jax.evaluate --checkpoint=runs/midscale --contexts=512,2048,8192,16384
 
 The first command fetches the text, the sources and the documentation of Django 5.2, and trains its tokenizer.
-Hardware: two CPU cores; 45 minutes for seqpe. Result: not measured yet (configs/sweeps/study_midscale.py).
+Hardware: two CPU cores; 45 minutes for seqpe (100 steps took three). Result: not measured yet (sweeps/study_midscale.py).
 Variants: seqpe (default; the recipe of stdlib_lm.py), seqpe_paper (the form of the paper), and any other encoding of texts
 (docs/encodings.md).
 """
@@ -18,7 +18,7 @@ FORMS = {"seqpe_paper": "seqpe"}
 def get_config(variant=None):
     """Returns the config; a variant is an encoding kind, or a form of seqpe."""
     c = defaults()
-    c.steps = 800
+    c.steps = 1500
     c.batch_size = 8
     c.data.name = "text"
     c.data.paths = ("runs/corpus/code", "runs/corpus/english")
@@ -28,7 +28,7 @@ def get_config(variant=None):
     c.eval.contexts = (512, 2048, 8192, 16384)
     c.eval.targets = 4096
     c.eval.tokens = 32768
-    c.checkpoint.every = 200
+    c.checkpoint.every = 300
     c.report.every = 10
 
     c.model.layers = 6
@@ -39,7 +39,7 @@ def get_config(variant=None):
     c.model.embedding_dropout = 0.0
 
     c.optimizer.learning_rate = 2.2e-3  # 4e-3 of stdlib_lm.py, less by the root of the ratio of widths
-    c.optimizer.warmup_steps = 80
+    c.optimizer.warmup_steps = 150
     c.optimizer.clip = 1.0
 
     c.encoding.max_position = 20_000

@@ -5,11 +5,11 @@
         --results=docs/results/study_midscale.json
     python -m seqpe_jax.report --workdir=runs/study_midscale --output=runs/study_midscale/report
 
-The same 800 steps for all, in which SeqPE takes 45 minutes on two cores. Each row has the parts that its encoding chose in
+The same 1500 steps for all, in which SeqPE takes 45 minutes on two cores. Each row has the parts that its encoding chose in
 study_text.py, in the numbers that go with a window of 512 and a head of 64; `rotary` is RoPE as others use it, `rotary_gate`
 has the gate that it chose, `rotary_nope` attends to windows of 512 tokens with RoPE in five layers of six, and without positions
-to all tokens in the sixth. `seqpe_paper` is the form of the paper. The learning rate is one for all: where each chose
-its own, in study_text.py, most chose the same. First the four rows of the headline with seed 1, then the others, then
+to all tokens in the sixth. `seqpe_paper` is the form of the paper. All have one learning rate: in
+study_text.py, where each chose its own, most chose the same. First the four rows of the headline with seed 1, then the others, then
 seed 2.
 Hardware: two CPU cores, one run at a time on both; about three hours for the first four, 13 for all 18.
 """

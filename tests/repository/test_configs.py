@@ -68,12 +68,13 @@ SHRUNKEN = {
     "optimizer.warmup_steps": 0,
     "eval.every": 0,
     "eval.lengths": (16,),
+    "eval.contexts": (),
     "eval.tokens": 256,
     "report.every": 1,
     "report.trackers": (),
     "mesh.fsdp": 1,
 }
-OF_TEXT = ("data.length", "data.tokenizer", "eval.lengths", "eval.tokens")
+OF_TEXT = ("data.length", "data.tokenizer", "eval.lengths", "eval.contexts", "eval.tokens")
 SHRUNKEN_SEQPE = {
     "encoding.layers": 1,
     "encoding.width": 16,
