@@ -33,12 +33,12 @@ ROWS = {
     "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
     "study_images_fair": (
         "seqpe",
-        "rotary_mixed",
-        "rotary_axial",
         "sinusoidal",
         "lookhere",
-        "pape",
-        "fire_signed",
+        "alibi_grid",
+        "fire",
+        "rotary_mixed",
+        "rotary_axial",
         "learned",
     ),
 }

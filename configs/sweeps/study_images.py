@@ -11,7 +11,7 @@ then learning rates and constants. The loss on the validation split at 16 x 16, 
 five seeds of the first encodings, three of the others. `learned_crops` is the interpolated table trained on crops of the
 sizes that others see as zoomed parts; `rotary` numbers the patches row by row; `fire_signed` is FIRE with the signed
 displacement along each axis.
-Hardware: two CPU cores, one for each of two runs at once; three to five hours for 220 runs, the strongest encodings first.
+Hardware: two CPU cores, one for each of two runs at once; two to five hours for 220 runs, the strongest encodings first.
 docs/results/study_images.json holds the runs of a study that offered these parts to some encodings alone.
 """
 

@@ -15,7 +15,7 @@ Hardware: two CPU cores, one for each of two runs at once; by the times of quest
 from seqpe_jax.sweeps import fair_study, product
 
 CONFIG = "configs/stdlib_qa.py"
-KINDS = ("seqpe", "fox", "cable", "alibi", "kerple", "rotary")
+KINDS = ("seqpe", "alibi", "cable", "fox", "rotary", "kerple")
 PAIRS = {"encoding.rotary_pairs": 4}
 OPEN = {"encoding.gate_bias_init": 4.0}
 PARTS = {
