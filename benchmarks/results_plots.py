@@ -4,6 +4,7 @@ A plot holds the digest of its results and of the rows that it shows. The plot o
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -24,6 +25,7 @@ from seqpe_jax.reporting.study import Run, Study
 STUDIES = {
     "study_text_fair+study_seqpe_recipe": plots.extrapolation,
     "study_text": plots.extrapolation,
+    "study_questions": functools.partial(plots.extrapolation_answers, metric="exact_match_strict"),
     "questions": plots.extrapolation_answers,
     "study_images_fair": plots.extrapolation_sizes,
 }

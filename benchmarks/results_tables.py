@@ -52,6 +52,7 @@ TASKS = {
     "study_text": "text",
     "encoder_width": "text",
     "extend_context": "text",
+    "study_questions": "questions",
     "questions": "questions",
     "study_images_fair": "images",
     "moving_digits": "video",

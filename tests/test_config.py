@@ -312,6 +312,15 @@ SWITCHES = [  # settings under which a field is not read; the settings under whi
 ]
 
 
+def test_factors_of_a_config_file_are_left_out_with_other_vectors():
+    """Its factors are refused where no logits are compared, so () has to be an option there."""
+    page, factors = str(ROOT / "configs" / "stdlib_qa.py"), "objective.contrastive.head_scales"
+    vectors = {"objective.contrastive.space": "vectors"}
+    with pytest.raises(InputError, match=f"{factors}=.*, or \\(\\)"):
+        config.load(page, vectors)
+    config.check_overrides_used(config.load(page, vectors | {factors: ()}), [factors])
+
+
 @pytest.mark.parametrize("off, on, field, value", SWITCHES)
 def test_an_option_of_a_part_that_is_off_is_refused(off, on, field, value):
     page = QUICKSTART + (":none" if field == "objective.shift.rate" else "")

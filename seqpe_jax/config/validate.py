@@ -694,7 +694,8 @@ CONDITIONS = (
     ),
     Condition(
         (f"{CONTRASTIVE}.head_scales",),
-        lambda config: config.objective.contrastive.space == "logits",
+        # () is how the factors of a config file are left out, which other spaces ask for.
+        lambda config: config.objective.contrastive.space == "logits" or not config.objective.contrastive.head_scales,
         f"{CONTRASTIVE}.space='logits'",
     ),
     Condition(

@@ -160,11 +160,17 @@ def extrapolation(study: Study) -> Plot | None:
     return _plot_by_extent(study, runs, _values_of(runs, metric), "extrapolation", title, x, y)
 
 
-def extrapolation_answers(study: Study) -> Plot | None:
-    """Draws the percentage of answers found by evaluated length; None without evaluations of answers."""
+def extrapolation_answers(study: Study, metric: str = "contains") -> Plot | None:
+    """Draws the percentage of right answers by evaluated length; None without evaluations of answers.
+
+    Args:
+      study: the runs.
+      metric: "contains", or one of the exact matches.
+    """
     runs = [run for run in study.counted if run.data_kind == "questions"]
-    title, x, y = "Answers past the training length", "evaluated length (tokens)", "contains the answer (percent)"
-    return _plot_by_extent(study, runs, _values_of(runs, "contains"), "extrapolation_answers", title, x, y)
+    title, x = "Answers past the training length", "evaluated length (tokens)"
+    y = "contains the answer (percent)" if metric == "contains" else "exact match (percent)"
+    return _plot_by_extent(study, runs, _values_of(runs, metric), "extrapolation_answers", title, x, y)
 
 
 def extrapolation_outputs(study: Study) -> Plot | None:

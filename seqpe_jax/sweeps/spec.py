@@ -536,17 +536,18 @@ def _open_trial(name: str, base: str, overrides: Mapping[str, Any], possible: _P
     # Fields contradict each other two at a time: each pair of values is checked once, not each combination of all.
     fixed_leaves = repr({field: value for field, value in leaves.items() if field not in best and field != "seed"})
     checked = possible.checked.setdefault(fixed_leaves, set())
+    own = {field: value for field, value in trial.overrides.items() if field not in best}
     for values in choices:
         pairs = set(itertools.combinations_with_replacement(map(repr, values.items()), 2))
         if pairs <= checked:
             continue
         checked |= pairs
         try:
-            config.from_dict(unflatten_dict(leaves | values, "."))
+            settings = config.from_dict(unflatten_dict(leaves | values, "."))
+            config.check_overrides_used(settings, own)
         except InputError as error:
             shown = ", ".join(f"{field} can become {value}" for field, value in values.items())
             raise InputError(f"run '{name}', where {shown}: {error}") from error
-    own = {field: value for field, value in trial.overrides.items() if field not in best}
     return dataclasses.replace(trial, overrides=own, best=best)
 
 

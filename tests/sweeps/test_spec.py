@@ -107,7 +107,8 @@ def test_a_fair_study_offers_its_parts_to_all_with_equal_trials(stem):
         assert len(best.runs) == 12 and {trials[run].settings.seed for run in best.runs} == {0} and int(seed) > 0
         assert {run.rpartition("-")[0] for run in best.runs} == {variant}
         plain = trials[f"{variant}-plain"].settings
-        assert plain.steps == trial.settings.steps == plain.eval.every
+        share = 2 if stem == "study_questions" else 1
+        assert share * plain.steps == trial.settings.steps and plain.eval.every == plain.steps
         own = plain.encoding
         assert own.rotary_pairs == own.position_heads == plain.objective.zoom.rate == 0 and not own.log_scaling
         gated = [run for run in best.runs if run.endswith("gate")]
@@ -215,6 +216,10 @@ def test_a_trial_may_have_another_config(tmp_path, monkeypatch):
         (
             waiting("BestOf(('a', 'b'), 'eval/loss@16')", "model.heads", b="'model.heads': 5, 'model.width': 40"),
             ["run 'c', where model.heads can become 5", "model.width=24"],
+        ),
+        (
+            waiting("BestOf(('a', 'b'), 'eval/loss@16'), 'eval.stride': 4"),
+            ["run 'c', where seed can become", "eval.stride is not read here, it needs eval.contexts"],
         ),
         (
             yielding("('a', {'variant': 'alibi', 'encoding.scaling': 'yarn'})"),
