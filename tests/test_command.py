@@ -147,6 +147,7 @@ def test_an_interrupt_that_became_another_error_is_one():
         assert common._is_interrupted(error) and not common._is_interrupted(ImportError("other"))
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named_and_long_messages_are_cut():
     for words, said in (
         (["evaluate"], "error: --checkpoint is missing: workdir of a run"),
@@ -261,6 +262,7 @@ def test_a_wrong_option_gets_one_line(commands, tmp_path, argument, words):
     assert (result.code, result.err.count("\n")) == (2, 1) and words in result.err, result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option, some, others",
     [
@@ -399,6 +401,7 @@ def loaded(*arguments):
     return code, output, set(packages)
 
 
+@pytest.mark.slow
 def test_help_loads_no_large_package():
     for name in COMMANDS:
         code, output, packages = loaded(f"seqpe_jax.{name}", "--help")

@@ -511,6 +511,7 @@ def test_tpu_pod_joins_the_run_that_is_under_way_and_stops_it(tpu_pod, tmp_path)
     assert laptop.stdout.read().splitlines()[1:] == ["saved"] and laptop.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_tpu_pod_starts_again_what_has_saved_and_asks_for_another_slice(tpu_pod):
     found, seen = tpu_pod(*TRAIN, CODES="75 2")
     assert (
@@ -527,6 +528,7 @@ def test_tpu_pod_starts_again_what_has_saved_and_asks_for_another_slice(tpu_pod)
     assert "cache /mnt/runs/cache" in found.stdout
 
 
+@pytest.mark.slow
 def test_tpu_pod_ends_where_it_cannot_go_on(tpu_pod):
     """A host that starts anew leaves no exit code: as after a save, but not for ever; nor does it connect for ever."""
     found, _ = tpu_pod(*TRAIN, CODES="reboots 75 0", RESTARTS="1")

@@ -279,6 +279,7 @@ def test_pixels_are_normalized_as_in_training(photos):
     np.testing.assert_allclose(model.logits(pixels), model.logits(normalized.astype(np.float32)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_images_get_their_likeliest_classes(photos, tmp_path):
     """Of files and arrays, resized, named and sorted; the same as those of the logits."""
     model = seqpe_jax.load(photos)

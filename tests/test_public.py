@@ -36,6 +36,7 @@ def test_what_is_promised_is_there():
         assert seqpe_jax.place is seqpe_jax.apply_position_signal
 
 
+@pytest.mark.slow
 def test_imports_pull_in_no_package_that_is_not_needed():
     """Neither data nor plots for the public parts; for training what it needs alone."""
     code = """
@@ -53,6 +54,7 @@ print(*{name.partition(".")[0] for name in sys.modules})
     assert not training & needless
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["seqpe", "rotary", "rotary_mixed", "alibi", "sinusoidal", "pope", "none"])
 def test_apply_position_signal_equals_attend(kind):
     """By any attention that knows nothing of positions, for every encoding; grouped sets of positions too."""

@@ -53,6 +53,7 @@ def test_digit_images(cache):
     )
 
 
+@pytest.mark.slow
 def test_splits_stay_for_ever(cache):
     places = digit_images.split_indices()
     assert [places[split][:5] for split in SPLITS] == [[1, 2, 3, 4, 5], [0, 6, 15, 49, 51], [14, 17, 26, 28, 29]]

@@ -204,6 +204,7 @@ def test_each_host_evaluates_its_own_rows():
     assert sorted(made) == [0, 1, 2, 3, 4, 5, 6, 6, 6], "each by its host; the last one more for the shape of padding"
 
 
+@pytest.mark.slow
 def test_workers_and_threads_change_nothing():
     """Batches come from other processes, in the same order; a batch is a function of seed and step, not of their number."""
     alone = loader(example=noisy)

@@ -64,6 +64,7 @@ def settings(tmp_path):
     return dataclasses.replace(made, data=dataclasses.replace(made.data, mixture=(few, made.data.mixture[1])))
 
 
+@pytest.mark.slow
 def test_a_run_and_a_change_of_its_weights(settings, tmp_path, capsys):
     train_and_evaluate(settings, tmp_path / "run")
     lines = capsys.readouterr().out

@@ -141,6 +141,7 @@ def _fingerprint(arguments):
     return source(*arguments).fingerprint
 
 
+@pytest.mark.slow
 def test_processes_at_once(files, tmp_path):
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
@@ -182,6 +183,7 @@ def test_one_path_may_be_a_plain_string(files, tmp_path):
     assert source(files, tmp_path / "c", paths=str(files)).fingerprint == source(files, tmp_path / "c").fingerprint
 
 
+@pytest.mark.slow
 def test_wikitext_with_gpt2_tokens(shared_data, gpt2_tokenizer, tmp_path):
     tokenizer = gpt2_tokenizer
     arguments = {"split": "test", "tokenizer": tokenizer, "paths": (shared_data / "wikitext",)}

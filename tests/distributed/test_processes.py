@@ -170,6 +170,7 @@ def test_a_roll_call_of_equals(gather):
     assert error is None and left == {"1.0": "stayed", "2.1": "stayed"}
 
 
+@pytest.mark.slow
 def test_hosts_whose_data_differ_are_named_with_both_values_before_the_first_step(gather):
     here, same = socket.gethostname(), [(1, {"steps": "6"}), (2, {"steps": "6"})]
     data = dict.fromkeys(range(2), {"seed": "0", "train split of text_files": "62,003 tokens (fingerprint 0a1b)"})
@@ -315,6 +316,7 @@ print(before - held())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no allocator of glibc's")
 @pytest.mark.parametrize(
     "variables",

@@ -74,6 +74,7 @@ def rotary_angles(theta, width, axes, counts, positions):
     return np.stack(angles, axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes, pairs, counts",
     [
@@ -164,6 +165,7 @@ def test_a_table_of_another_number_of_axes_is_refused():
 RESOLUTIONS = {1: {}, 10: {"fraction_digits": 1}, 64: {"base": 8, "fraction_digits": 2}}  # units of a token or patch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", RESOLUTIONS)
 def test_angles_between_whole_positions(unit):
     """Every sinusoidal and rotary encoding at position / unit, by its formula in float64."""
@@ -213,6 +215,7 @@ def test_learned_frequencies_and_slopes_between_whole_positions(unit):
     np.testing.assert_allclose(logits, -alibi_slopes(4)[:, None, None] * (position[:, None] - position), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_log_scaling_multiplies_queries_that_see_more_keys_than_in_training():
     scaling = LogScaling(ModelDims(1, 1, 1, (4,)))
     query, key = scaling.apply({}, jnp.arange(9, dtype=jnp.int32)[None, :, None] * 7, shape=(9,)).multiplicative

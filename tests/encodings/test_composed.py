@@ -31,6 +31,7 @@ def shapes(run):
     return jax.tree.map(lambda leaf: leaf.shape, run.abstract_state.params)
 
 
+@pytest.mark.slow
 def test_parts_leave_the_parameters_of_the_first_as_they_are():
     """A checkpoint does not tell whether its encoding stood alone."""
     alone, composed = run_of(), run_of(*PARTS.items())
@@ -46,6 +47,7 @@ def test_parts_leave_the_parameters_of_the_first_as_they_are():
     assert other.per_layer_fields == ("position_query_key",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["learned", "rotary_mixed", "alibi", "sinusoidal", "none"])
 def test_scaling_leaves_the_parameters_of_a_baseline_as_they_are(kind):
     plain, scaled = (
@@ -58,6 +60,7 @@ def test_scaling_leaves_the_parameters_of_a_baseline_as_they_are(kind):
     jax.tree.map(np.testing.assert_array_equal, one, other.replace(multiplicative=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotary", "rotary_axial", "rotary_mixed", "alibi"])
 def test_a_baseline_reaches_the_first_heads_alone(kind):
     fields = {"variant": kind, "model__heads": 4, "encoding__position_heads": 3}
@@ -80,6 +83,7 @@ def shapes_of(settings):
     return jax.tree.map(lambda leaf: leaf.shape, model_spec.shapes), signal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", config.kinds_for(axes=1))
 def test_every_encoding_of_texts_takes_parts(kind):
     """Gates are parameters of the model; pairs, scaling and the choice of heads need none."""
@@ -101,6 +105,7 @@ def test_every_encoding_of_texts_takes_parts(kind):
         assert signal.relative_bias.heads == 1 and own.relative_bias.heads == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [kind for kind in config.kinds_for(axes=2) if config.ENCODINGS[kind].has("rotary_heads")]
 )
@@ -142,6 +147,7 @@ def test_parts_that_an_encoding_cannot_take_are_refused(config_file, kind, field
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["seqpe", "learned", "alibi", "fire", "pope"])
 def test_no_state_reads_the_future(kind):
     """By gradients, of one place in the middle."""
@@ -189,6 +195,7 @@ def test_log_scaling_multiplies_the_logits_of_pope():
     np.testing.assert_allclose(scaled[1], placed[1])
 
 
+@pytest.mark.slow
 def test_scaled_queries_change_what_is_longer_than_in_training_alone():
     scaled, plain = run_of(*PARTS.items()), run_of(*(PARTS | {"encoding__log_scaling": False}).items())
     params = random_params(plain, 0.3)

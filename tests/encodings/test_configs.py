@@ -203,6 +203,7 @@ class Toy(nn.Module):
         )
 
 
+@pytest.mark.slow
 def test_a_new_encoding_takes_one_class_and_one_entry(monkeypatch, tmp_path):
     """It is a variant of every config file, has its own fields alone, is stored, and trains."""
     monkeypatch.setitem(ENCODINGS, "toy", ToyConfig)

@@ -215,6 +215,7 @@ def cubic(line, count):
     return np.array(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("larger", [(5, 9), (3, 2), (4, 7, 3)], ids=str)
 def test_a_learned_table_is_interpolated_along_each_axis(larger):
     trained = (3, 4, 2)[: len(larger)]

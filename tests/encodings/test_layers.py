@@ -31,6 +31,7 @@ def present(signal):
     }
 
 
+@pytest.mark.slow
 def test_each_part_reaches_its_layers_alone():
     """Layer by layer as the encoding of all layers has it, for those that get it; in periods as `scan` takes them."""
     own = {"rotary_pairs": 3, "log_scaling": True}
@@ -57,6 +58,7 @@ def test_layers_of_a_period_are_scanned_together():
     np.testing.assert_array_equal(of_two.bias_params["slope"], every.bias_params["slope"][1::2])
 
 
+@pytest.mark.slow
 def test_scanned_layers_see_what_they_see_one_by_one():
     """Distances in every other layer, rotations in the rest: the layers of a period are scanned together."""
     signal = signal_of("kerple", layers_with=(1, 0), rotary_layers=(0, 1), rotary_pairs=3)

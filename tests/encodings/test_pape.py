@@ -45,6 +45,7 @@ def weights_of_the_paper(tokens_LD, coordinates, params, directions, position_he
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, fraction_digits, position_heads", [((2, 3), 1, 0), ((2, 2, 2), 0, 2)])
 def test_attention_equals_the_paper(shape, fraction_digits, position_heads):
     """On images and videos, between whole positions too, also in some heads alone, as a whole and by blocks."""

@@ -29,6 +29,7 @@ def bias(variables, encoding):
 KERPLE, POPE = Kerple(KerpleConfig(), ModelDims(1, 4, 2)), PoPE(PoPEConfig(), ModelDims(1, 4, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "encoding, name, end, outwards",
     [

@@ -224,6 +224,7 @@ def grid_logit(kind, params, coordinates, lengths):
     return logit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [PAPERS, OTHERS], ids=["papers", "others"])
 @pytest.mark.parametrize("kind", GRIDS)
 def test_attention_of_grids_equals_the_paper(kind, lengths):
@@ -269,6 +270,7 @@ def test_gates_lower_logits_by_later_tokens(kind):
     assert forget_gate_query_key(log_gate, log_gate)[0].shape == (1, length, HEADS, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling, lengths", [("linear", PAPERS), ("ntk", PAPERS), ("yarn", PAPERS), ("yarn", OTHERS)])
 def test_rope_is_scaled_in_longer_windows_alone(scaling, lengths):
     betas = {name: lengths[name] for name in ("yarn_beta_slow", "yarn_beta_fast")}
@@ -341,6 +343,7 @@ def test_gates_begin_as_open_as_their_bias(kind, log_gate, scan):
         np.testing.assert_allclose(np.exp(GATES[log_gate](bias)), 1 / (1 + np.exp(-3.0)), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "kerple", "pope"])
 def test_heads_without_a_position_are_unchanged(kind):
     """position_heads leaves the last heads as they are without an encoding."""

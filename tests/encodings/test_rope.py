@@ -51,6 +51,7 @@ def test_a_fixed_factor_serves_all_lengths_and_multiplies_what_rotates():
     np.testing.assert_array_equal(added.rotation, long.rotation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [LONGROPE, {"scaling": "dynamic", "scaling_factor": 2.0, "original_length": 6}])
 def test_the_length_of_the_window_decides_for_all_its_tokens(fields):
     config = RotaryConfig(**fields)

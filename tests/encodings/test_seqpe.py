@@ -115,6 +115,7 @@ SHARED = {
 FAST = ("two windows, one of them cut, and others", "a jittered box")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SHARED]
 )
@@ -229,6 +230,7 @@ def test_fields_that_contradict_each_other_are_refused(fields, message):
         jax.eval_shape(lambda: encoding.init(KEY, POSITIONS_RA[None], shape=(6,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("qk", ["single", "multi", "none", "halves"])
 def test_narrow_parts_of_some_heads(qk, per_head):

@@ -42,6 +42,7 @@ def field(name, held, per_layer_fields):
     return PositionSignal(**{name: pair}, per_layer_fields=(name,) if per_layer_fields else ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held, per_layer_fields", [(1, True), (2, False), (HEADS, False)])
 @pytest.mark.parametrize("name", ["position_query_key", "multiplicative", "additive", "rotation"])
 def test_heads_without_a_position_see_none(name, held, per_layer_fields):

@@ -27,6 +27,7 @@ def spec_of(variant, **encoding):
     return ModelSpec.of(settings, DataSpec(vocabulary=256))
 
 
+@pytest.mark.slow
 def test_a_trained_model_computes_what_it_did_and_learns_the_added_parts():
     """SeqPE and forget gates, next to scaled rotations of a part of each head in some of the layers."""
     before = spec_of("rotary", **{name: getattr(LLAMA, name) for name in (*RotaryConfig.rope_fields(), "layers_with")})
@@ -73,6 +74,7 @@ def signal_of(kind, start_scale=None, **fields):
     return encoding.apply(variables, positions_PLA, shape=(LENGTH,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["alibi", "t5", "kerple", "fire"])
 def test_biases_grow_from_nothing(kind):
     fields = {"rotary_pairs": 2}
@@ -84,6 +86,7 @@ def test_biases_grow_from_nothing(kind):
         np.testing.assert_array_equal(found["kernel"], plain["kernel"])  # rotations stay
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, qk", [("attn_add", "multi"), ("attn_mul", "single"), ("rotary", "none"), ("input_add", "none")]
 )

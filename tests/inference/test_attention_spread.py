@@ -23,6 +23,7 @@ def compiled_without_content(settings, data_spec):
     return CompiledModel(spec, make_mesh(1, 1, devices=jax.devices()[:1])), params
 
 
+@pytest.mark.slow
 def test_equal_attention_of_a_text_in_stacked_layers():
     """A query at q is q / 2 tokens from its q + 1 keys on average; the second half of twelve are at 6 to 11."""
     compiled, params = compiled_without_content(

@@ -114,6 +114,7 @@ OTHERS = [("text", kind) for kind in kinds_for(1) if kind != "seqpe" and kind no
 OTHERS += [("images", kind) for kind in kinds_for(2) if kind not in IMAGES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data, kind", OTHERS)
 def test_every_encoding_can_be_exported_for_any_size(data, kind):
     """Without a table its positions are functions of sizes that are not known."""

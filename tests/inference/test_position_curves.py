@@ -31,6 +31,7 @@ def terms_of(signal, shape, prefix_tokens=0):
     return position_curves.position_terms(signal, query, keys, LAYERS, HEADS)
 
 
+@pytest.mark.slow
 def test_alibi_falls_by_its_slopes_and_a_rotation_by_its_cosines():
     assert position_curves.distances_of((24,)).tolist() == DISTANCES.tolist()
     terms = terms_of(signal_of("alibi"), (24,))
@@ -49,6 +50,7 @@ def test_alibi_falls_by_its_slopes_and_a_rotation_by_its_cosines():
     np.testing.assert_allclose(some["logit"][1:], expected[1:], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
@@ -69,6 +71,7 @@ def test_attention_without_content_is_the_softmax_of_the_curve(kind, fields):
     assert np.abs(logits).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_map_surrounds_the_patch_at_the_centre():
     """Keys that a directed head does not see are marked; the class token is no part of a map; a video's frames neither."""
     distances = position_curves.distances_of((5, 6))

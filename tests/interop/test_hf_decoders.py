@@ -78,6 +78,7 @@ def same_text(found, expected, logits) -> None:
             return  # after a tie texts differ
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_and_written(folder, tmp_path):
     arrays = np.load(folder / "expected.npz")
     model = loading.open_folder(folder)

@@ -69,6 +69,7 @@ def close(found, expected):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, tied, weighted", [(name, name != "fsdp", name != "one device") for name in MESHES])
 def test_blocks_have_the_loss_and_gradients_of_all_logits(name, tied, weighted, monkeypatch):
     has_z_loss = name != "one device"
@@ -91,6 +92,7 @@ def test_blocks_have_the_loss_and_gradients_of_all_logits(name, tied, weighted, 
         assert "reduce-scatter" not in sent and sent["collective-permute"]["count"] > 0
 
 
+@pytest.mark.slow
 def test_evaluation_has_the_same_losses(monkeypatch):
     network, variables, signal, batch = example()
     expected = NextTokenLoss().eval_step(network, variables, signal, batch)["loss"]
@@ -114,6 +116,7 @@ def test_the_logits_of_all_tokens_are_never_in_memory(monkeypatch):
     assert not holds_all()
 
 
+@pytest.mark.slow
 def test_logits_in_bfloat16_have_float32_losses(monkeypatch):
     hidden_BLD = jax.random.normal(jax.random.PRNGKey(2), (2, 6, WIDTH), jnp.bfloat16)
     table_VD = jax.random.normal(jax.random.PRNGKey(3), (VOCABULARY, WIDTH))

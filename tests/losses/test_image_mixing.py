@@ -75,6 +75,7 @@ def test_switch_is_the_probability_of_cutmix():
     assert cuts(0.0) == 0 and cuts(1.0) > 25 and 5 < cuts(0.5) < 32
 
 
+@pytest.mark.slow
 def test_the_loss_has_the_proportions_of_the_pixels():
     settings = types.SimpleNamespace(mixup=0.8, cutmix=0.0, switch=0.5)
     table = jax.random.normal(KEYS[0], (4, 4))
@@ -121,6 +122,7 @@ def test_a_crop_of_the_complete_image_is_the_image():
     np.testing.assert_allclose(jax.jit(crop_and_resize)(IMAGES, np.array([COMPLETE], np.float32)), IMAGES, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_crop_of_a_video_has_all_its_frames():
     videos = np.random.default_rng(1).normal(size=(2, 3, 8, 8, 1)).astype(np.float32)
     box = [[0.25, 0.5], [0.5, 0.5]]
@@ -162,6 +164,7 @@ def test_positions_of_a_crop_are_those_of_its_box():
                 assert abs(found_LA[place, axis] - (middle - 0.5)) <= 0.5 + 1e-3
 
 
+@pytest.mark.slow
 def test_crops_keep_the_positions_of_frames():
     crop_boxes_PA2 = sampling.crop_boxes(jax.random.PRNGKey(0), num_sets=3, axes=3, smallest=0.3)
     position_grid, shape = PositionGrid(10, (0, 4, 4)), (3, 4, 4)

@@ -34,6 +34,7 @@ def test_contrastive(goldens):
         close(grads[1].reshape(arrays["in/neg_pe"].shape), arrays[f"grad/neg_pe/{name}"], 1e-5, name)
 
 
+@pytest.mark.slow
 def test_distillation(goldens):
     spec, arrays = load(goldens, "criterion", "transfer_a")
     main, indices = arrays["in/main_pe"], arrays["in/main_indices"].reshape(spec["batch"], -1)
@@ -61,6 +62,7 @@ def random(*shape):
     return jax.random.normal(jax.random.fold_in(KEY, len(shape)), shape)
 
 
+@pytest.mark.slow
 def test_beta_one_fixes_the_teacher():
     teacher, student = random(2, 5, 6), random(2, 5, 6) + 0.3
     grads = jax.grad(lambda t, s: distillation_loss(t, s), argnums=(0, 1))(teacher, student)
@@ -82,6 +84,7 @@ def test_one_head_is_the_complete_vector():
     assert contrastive_loss(anchors, candidates, labels, heads=1) == contrastive_loss(anchors, candidates, labels)
 
 
+@pytest.mark.slow
 def test_anchors_below_the_floor_have_no_gradient():
     """The floor applies to each anchor in each head: one below it does not hide one above."""
     near, far = jnp.array([4.0, 0.0]), jnp.array([0.0, 1.0])

@@ -13,6 +13,7 @@ from tests.tiny import random_params, tiny_config
 LOGITS = {"objective__contrastive__space": "logits", "objective__distillation__weight": 0.0, "model__layers": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scales", "floor"), [((1.0, 4.0), 0.0), ((), 0.0), ((1.0, 4.0), 3.0)])
 def test_contrastive_logits_have_a_scale_per_head(scales, floor):
     fields = {"encoding__qk": "multi", "model__heads": 3, "encoding__position_heads": 2, "encoding__feature_width": 5}

@@ -171,6 +171,7 @@ def expected_of_groups():
     return output_and_gradients("reference", of_groups(), qkv=GROUPED, **LIMITS, **DROPOUT)
 
 
+@pytest.mark.slow
 def test_grouped_heads_windows_caps_and_scales():
     """In the reference as in the loop; each backend's output, gradients and dropout as the reference's."""
     found = jax.jit(functools.partial(attend, kind="reference", **LIMITS))(*GROUPED, of_groups())
@@ -315,6 +316,7 @@ def test_sample_i_uses_set_i_mod_p():
     assert broadcast_to_batch(jnp.arange(3)[:, None], 6)[:, 0].tolist() == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_few_queries_and_wide_values(backend):
     """The last two queries of a window see all keys before them; values may be wider than keys."""
@@ -338,6 +340,7 @@ def far_features(positions) -> tuple[np.ndarray, np.ndarray]:
     return query @ turn, key @ turn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_position_products_stay_float32_under_bfloat16(backend):
     """At 10 000 the next bfloat16 number is 64 away."""

@@ -79,6 +79,7 @@ def expected(name: str):
     return output_and_gradients(name, kind="reference")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_kernel")
 @pytest.mark.parametrize(
     "name, mode, kind",

@@ -77,6 +77,7 @@ def check_prefill_and_decode(backend: str, signal: PositionSignal, gates: bool, 
     return cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend, cases",
     [
@@ -92,6 +93,7 @@ def test_prefill_then_decode_equals_the_whole_window(backend, cases):
         check_prefill_and_decode(backend, signal_with(fields), gates=True)
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_window_is_a_ring():
     """Of 3 rows for 7 tokens, with two heads of keys for four of queries, and with every term by the tokens of its rows."""
     signal = of_groups().replace(position_query_key=tuple(part[:1] for part in of_groups().position_query_key))
@@ -105,6 +107,7 @@ def test_the_cache_of_a_window_is_a_ring():
     assert cache.key.nbytes == cache.value.nbytes == BATCH * 3 * 2 * WIDTH * 4
 
 
+@pytest.mark.slow
 def test_a_token_attends_to_no_cache_entry_after_it():
     signal = signals(1)["position_query_key"]
     cache = jax.tree.map(lambda field: field.at[:, :3].set(1.0), junk_cache())

@@ -62,6 +62,7 @@ def signal_of(kind: str, fields: dict) -> PositionSignal:
     return encoding.apply(jax.tree.map(lambda leaf: leaf + 0.3, params), positions_PLA, **options)  # none is 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_document_in_a_window_is_as_if_alone(name):
     """Outputs of the second document, in its window and at the beginning of a row; also with forget gates."""
@@ -116,6 +117,7 @@ def expected():
     return jax.jit(jax.grad(alone, argnums=(0, 1), has_aux=True))(QKV, PAIR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes, options",
     [
@@ -135,6 +137,7 @@ def test_every_backend_equals_documents_alone(sizes, options):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_kernel")
 def test_the_kernels_skip_tiles_of_other_documents(monkeypatch):
     """Outputs and gradients; tiles of 4 tokens of all samples in one grid step, of which 7 of 10 before the diagonal are needed."""

@@ -44,6 +44,7 @@ def settings_of(kind, **fields):
     return tiny_config(precision__matmul="high", **blocks, **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, encoder", [("gpt2", HIGHEST), ("vit", DEFAULT)])
 def test_every_product_of_a_step_has_its_precision(kind, encoder):
     """Those of the network and of the encoder as their fields say, all others float32; none is left to the platform."""

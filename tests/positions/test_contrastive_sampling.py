@@ -46,6 +46,7 @@ def distances(sampled):
     return np.sqrt(np.square(distance.astype(np.float64)).sum(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes,limit,candidates",
     [
@@ -199,6 +200,7 @@ def test_candidates_match_the_reference(goldens, name, candidates, settings):
         check(sampled.labels_B, int(first) - 0.5, share, known)
 
 
+@pytest.mark.slow
 def test_as_many_hard_candidates_are_valid_as_in_the_reference(goldens):
     expected = json.loads((goldens / "sampler_stats.json").read_text())["contrastive"]["text_1d_n32_hard negatives"]
     anchors = permute(KEY, jnp.arange(4000), 20000)[:, None]

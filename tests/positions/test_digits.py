@@ -8,6 +8,7 @@ from seqpe_jax.positions.counting import count_digits, largest_position
 from seqpe_jax.positions.digits import from_digits, significant_mask, to_digits
 
 
+@pytest.mark.slow
 def test_round_trip_in_every_base():
     for base in range(2, 37):
         check_round_trip(base)

@@ -53,6 +53,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKSUMS)
 def test_sampled_positions_are_those_of_older_versions(name):
     draw = jax.jit(Trainer.of(config.load(f"{ROOT}/configs/{name}.py", FIELDS[name])).train_loss.sample)
@@ -61,6 +62,7 @@ def test_sampled_positions_are_those_of_older_versions(name):
         assert zlib.crc32(b"".join(np.asarray(leaf).astype(np.int32).tobytes() for leaf in leaves)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, fields, carry",
     [
@@ -76,6 +78,7 @@ def test_shifted_windows_of_a_config_straddle_carries(name, fields, carry):
     assert (windows.min(axis=1) // carry < windows.max(axis=1) // carry).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit, side", [(8, 4), (10, 4), (9, 5), (2, 14)])
 def test_interpolated_positions_are_cell_centers(unit, side):
     position_grid = PositionGrid(unit, (side, side))
@@ -114,6 +117,7 @@ def test_a_shorter_text_is_not_interpolated():
     assert position_grid.positions((16,)).max() < 80
 
 
+@pytest.mark.slow
 def test_crops_have_the_positions_of_the_complete_grid():
     position_grid = PositionGrid(10, (4, 4))
     whole = jnp.array([[[0.0, 1.0], [0.0, 1.0]]])

@@ -15,6 +15,7 @@ from seqpe_jax.positions.sampling import permute
 KEY = jax.random.PRNGKey(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 100, 1000, 4097])
 def test_permute_is_a_bijection(n):
     orders = [np.asarray(permute(jax.random.PRNGKey(seed), jnp.arange(n), n)) for seed in range(2)]
@@ -23,6 +24,7 @@ def test_permute_is_a_bijection(n):
     assert n < 10 or (orders[0] != orders[1]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 5, 10, 17])
 def test_permute_is_uniform(n):
     keys = jax.random.split(KEY, 20000)
@@ -102,6 +104,7 @@ def test_distillation_windows_start_uniformly_out_of_range(shape, limit):
     assert np.abs(counts - 8000 / len(allowed)).max() < 5 * np.sqrt(8000 / len(allowed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6,), (4, 3), (3, 2, 4)])
 def test_random_offsets_reach_every_start_and_a_subset_only_its_own(shape):
     starts = np.asarray(sampling.random_offsets(KEY, num_sets=4000, shape=shape, max_position=8))
@@ -154,6 +157,7 @@ def test_windows_across_carries(shape, limit, base, resolution, grid_start, leve
     assert abs(share - (1 + by_chance[0]) / 2) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape,chunks", [((10,), 2), ((10,), 4), ((4, 6), 2)])
 def test_pose_skip_increases_strictly_within_its_range(shape, chunks):
     found = np.asarray(

@@ -31,6 +31,7 @@ def compared(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_ratios_are_new_over_old(checkouts, tmp_path):
     done = compared(*checkouts, "--turns=3", f"--output={tmp_path / 'speed.json'}")
     assert done.returncode == 0, done.stderr
@@ -40,6 +41,7 @@ def test_ratios_are_new_over_old(checkouts, tmp_path):
     assert result["encodings"]["alibi"]["old_s"] == [2.0] * 3
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_said_in_a_line(checkouts, tmp_path):
     gone = compared(checkouts[0], str(tmp_path / "none"))
     assert (

@@ -346,6 +346,7 @@ def test_a_similarity_of_other_arrays_is_refused(tmp_path):
             read_study(tmp_path)
 
 
+@pytest.mark.slow
 def test_curves_by_distance_are_drawn_for_windows_and_grids(tmp_path):
     """With a head that sees one side of a patch, and texts shorter than the window; other arrays are refused."""
     rng, study = np.random.default_rng(0), tmp_path / "runs"

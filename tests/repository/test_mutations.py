@@ -189,6 +189,7 @@ def fuzz(kind: str, strategy: st.SearchStrategy, read: Callable[[object], object
     assert FUZZ < MANY or (counts[True] and counts[False]), f"MUTATION_SEED={SEED}: {counts}"
 
 
+@pytest.mark.slow
 def test_settings_of_other_programs(tmp_path):
     def read(case):
         kind, files = case
@@ -202,6 +203,7 @@ def test_settings_of_other_programs(tmp_path):
     fuzz("settings of other programs", foreign_cases(), read)
 
 
+@pytest.mark.slow
 def test_weights_of_other_programs(tmp_path):
     for kind, (settings, files) in foreign_weights().items():
         (tmp_path / kind).mkdir()

@@ -266,6 +266,7 @@ def test_rows_of_the_pods_table_are_those_that_were_compiled(monkeypatch):
     assert ["differs" in line for line in script.faults(changed, page)] == [True]
 
 
+@pytest.mark.slow
 def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monkeypatch):
     """For the two encodings that the README compares; parameters also for all runs that stored theirs."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

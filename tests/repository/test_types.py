@@ -27,6 +27,7 @@ def test_a_step_and_an_evaluation_stay_in_32_bits():
         assert metrics["loss"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", ["seqpe", "learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "fire", "pope"]
 )

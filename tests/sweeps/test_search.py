@@ -38,6 +38,7 @@ def wishes(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_unpromising_trials_are_pruned_and_the_best_is_known(tmp_path, wishes, monkeypatch):
     monkeypatch.setattr(search, "STARTUP_TRIALS", 2)
     wishes |= {"trial-000": "0.75", "trial-001": "0.25", "trial-002": "9.0", "trial-003": "fails", "trial-004": "0.5"}
@@ -82,6 +83,7 @@ def test_an_interrupted_trial_resumes_with_its_values(tmp_path, wishes):
 HEADS = {"model.heads": (2, 3), "model.width": (24, 32)}  # 3 heads do not divide a width of 32
 
 
+@pytest.mark.slow
 def test_a_combination_that_is_not_possible_is_pruned_and_the_search_goes_on(tmp_path, wishes):
     trials = search.SearchTrials(tmp_path, sweep(8, ranges=HEADS))
     assert search.execute(trials, 1) is None

@@ -15,6 +15,7 @@ from tests.sweeps.fake import headers, run
 submitit = pytest.importorskip("submitit")
 
 
+@pytest.mark.slow
 def test_a_job_executes_the_remaining_commands(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "FOLDER_SECONDS", 0.1)
     runs = [run(tmp_path, "a")]

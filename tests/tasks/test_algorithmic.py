@@ -63,6 +63,7 @@ def test_scores_count_outputs_and_are_means_over_lengths():
     assert np.concatenate(seen)[:12].tolist() == [7, 8, 9] * 4
 
 
+@pytest.mark.slow
 def test_padding_is_seen_by_nothing(one_device):
     """In the encoder's form an example has the same losses in its own window and in a longer one."""
     settings = settings_of("rotary", data__form="encoder")
@@ -91,6 +92,7 @@ def test_padding_is_seen_by_nothing(one_device):
     assert np.abs(results(swapped, 8)[0] - own[0]) > 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_learns_is_evaluated_and_reopened(tmp_path, one_device):
     settings = settings_of(
         "learned",

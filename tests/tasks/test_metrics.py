@@ -342,6 +342,7 @@ def test_ties_go_to_the_lower_class_and_nan_is_never_right():
     assert found[:3] == [0, 2, 1] and min(found[3:]) > 5
 
 
+@pytest.mark.slow
 def test_eval_step_counts_the_classes_above_the_true_one():
     class Table(nn.Module):
         """Returns its inputs as logits."""

@@ -53,6 +53,7 @@ def ask(model, evaluator, eval_size, split, *_):
     return evaluator.evaluate(ctx, eval_size, split)
 
 
+@pytest.mark.slow
 def test_a_suite_says_the_effective_length_and_is_added_to_the_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "_evaluate_and_print", ask)
     model = Reader(tiny_config(variant="alibi"))

@@ -53,6 +53,7 @@ def steps(workdir):
     return sorted(path.name for path in (as_path(workdir) / CHECKPOINTS_DIR).iterdir())
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_restored_and_damage_is_quarantined(any_store, monkeypatch, caplog):
     manager = "orbax.checkpoint.checkpoint_manager"
     monkeypatch.setattr(f"{manager}._WAIT_FOR_PREV_SAVE_WARNING_THRESHOLD_SECS", -1.0)

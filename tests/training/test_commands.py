@@ -119,6 +119,7 @@ def test_train_refuses_a_file_that_is_no_tokenizer(text, tmp_path, content):
     train_refuses(tmp_path / "run", text, "data.tokenizer", "tokenizer.json", data__tokenizer=path)
 
 
+@pytest.mark.slow
 def test_names_of_any_bytes_are_printed_or_refused(commands, text, trained, tmp_path):
     odd = tmp_path / os.fsdecode(b"caf\xe9")
     refused(commands("train", *train_arguments(odd, text)), "caf\\udce9' is not UTF-8", "--workdir", "choose another")
@@ -198,6 +199,7 @@ def test_a_folder_of_another_run_or_of_other_files_is_refused(text, trained, tmp
         in_process(tmp_path, text)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_start_that_fails_claims_no_folder(text, trained, tmp_path):
     """Nothing is written before the parameters to begin with were read; where no step was saved, any config may start."""
@@ -256,6 +258,7 @@ def test_predictions_never_replace_another_runs_or_other_files(tmp_path):
         check_predictions_path(path, own)
 
 
+@pytest.mark.slow
 def test_evaluate_writes_its_results(commands, trained, tmp_path):
     output, predictions = tmp_path / "deep" / "evaluation.json", tmp_path / "predictions.jsonl"
     options = ["--lengths=16,48", "--contexts=48,16", "--targets=30", f"--output={output}"]
@@ -283,6 +286,7 @@ def test_evaluate_writes_its_results(commands, trained, tmp_path):
     assert 1 < np.min(spread["distance"]) and np.max(spread["entropy"]) < np.log(48)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_retained_and_read_on_request(commands, text, trained, tmp_path):
     workdir, output = tmp_path / "run", tmp_path / "evaluation.json"
     # Nothing is learned, so of equal losses the first is the best.

@@ -357,6 +357,7 @@ def test_a_worker_whose_coordinator_does_not_answer_ends_alone(tmp_path, monkeyp
     assert "finish_step" not in (tmp_path / "stacks" / "process_0.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_answer_ends_a_run_that_compiles_evaluates_or_saves(tmp_path, monkeypatch):
     """Which may take long, as long as everybody answers; then no stacks are written."""
     ended, asked = [], []
@@ -420,6 +421,7 @@ def test_who_holds_up_a_run_is_named():
     assert describe_stall(waiting, hosts).endswith("process 4 (on host1) and 59 more waits for the devices since 31 s")
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_window_of_steps(tmp_path):
     @jax.jit
     def bad_at_3(state, batch):

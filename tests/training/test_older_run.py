@@ -53,6 +53,7 @@ def test_it_opens_and_goes_on(older):
         assert result["loss"] == pytest.approx(LOSSES[result["length"]], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GATED)
 def test_a_run_whose_gates_were_a_kind_of_encoding_opens(kind, tmp_path):
     """With the parameters that it was saved with; reports call it as they did."""

@@ -59,6 +59,7 @@ def tree(encoder, encoder_bias, qk_map, embedding, dense):
     }
 
 
+@pytest.mark.slow
 def test_model_and_encoder_are_clipped_separately():
     params = tree(1.0, 1.0, 1.0, 1.0, 1.0)
     grads = tree(1e3, 0.0, 1e-3, 0.0, 1e-3)
@@ -92,6 +93,7 @@ def updated(settings, steps=3):
     return state, found
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_have_no_state():
     settings = {"learning_rate": 0.1, "weight_decay": 0.5, "freeze": ("model/*", "encoding/encoder/bias")}
     state, steps = updated(settings)
@@ -217,6 +219,7 @@ def close(found, expected, rtol=1e-5, atol=0.0):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=rtol, atol=atol), found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, formula",
     [
@@ -246,6 +249,7 @@ def test_the_first_update_of_each_kind(kind, formula):
     close(kernel_of(found, "out"), 0.1 * (own - decay), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_schedule_free_evaluates_the_mean_of_its_ends():
     """Gradients are taken between the mean and the end (Defazio et al. 2024); a frozen parameter is its own mean."""
     fields = {"kind": "schedule_free_adamw", "schedule": "constant", "clip": 0.0, "learning_rate": 0.1}
@@ -282,6 +286,7 @@ def test_an_average_moves_with_the_parameters_and_forgets_the_first():
     close(averaged_params(settings, state, params), expected, 1e-5, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_of_each_kind_on_a_mesh_and_restored(kind, tmp_path):
     """Split as the parameters are, with the values of one device; restored, the next step has the same bits."""

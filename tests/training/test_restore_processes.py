@@ -69,6 +69,7 @@ def read(folder):
     return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 
 
+@pytest.mark.slow
 def test_replicas_on_two_processes_read_a_checkpoint_once(folder):
     parts = [float(part.astype(np.float64).sum()) for part in np.split(VALUES, 2)]
     first, second = read(folder)

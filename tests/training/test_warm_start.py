@@ -47,6 +47,7 @@ SEQPE = {"variant": "seqpe", "encoding__rotary_pairs": 6}
 GATE = {"variant": "alibi", "encoding__gate": "forget"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "theirs, ours, line",
     [
@@ -102,6 +103,7 @@ def test_a_run_begins_with_all_but_the_encoding(tmp_path):
     assert abs(after - before - difference) < 2e-4 and 5 < before < 6.5 and difference != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [8, 40])
 def test_a_learned_table_is_cut_or_interpolated(tmp_path, length):
     source = saved(tmp_path / "run", variant="learned")
@@ -135,6 +137,7 @@ def test_fields_on_which_parameters_do_not_depend(tmp_path):
     check_source(run.config, run.task, written(tmp_path / "rotary", tiny_config(variant="rotary"), **unused))
 
 
+@pytest.mark.slow
 def test_readme_swaps_the_positions_of_a_folder(tmp_path, monkeypatch, capsys):
     """The code of README, on a small Hugging Face decoder, or on a run where that is missing."""
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
