@@ -459,8 +459,8 @@ class _Possible:
 
     Attributes:
       trials: trials by name.
-      checked: for the fixed fields of a trial, the pairs of open fields that were found valid; other seeds of a variant
-        have the same.
+      checked: for the fixed fields of a trial and the names of its overrides, the pairs of open fields that were found
+        valid; other seeds of a variant have the same.
     """
 
     def __init__(self, trials: Mapping[str, Trial]):
@@ -533,10 +533,10 @@ def _open_trial(name: str, base: str, overrides: Mapping[str, Any], possible: _P
     choices = possible.values(best)
     trial = make_trial(name, base, fixed | choices[0])
     leaves = flatten_dict(config.to_dict(trial.settings), ".")
-    # Fields contradict each other two at a time: each pair of values is checked once, not each combination of all.
-    fixed_leaves = repr({field: value for field, value in leaves.items() if field not in best and field != "seed"})
-    checked = possible.checked.setdefault(fixed_leaves, set())
     own = {field: value for field, value in trial.overrides.items() if field not in best}
+    # Fields contradict each other two at a time: each pair of values is checked once, not each combination of all.
+    fixed_leaves = {field: value for field, value in leaves.items() if field not in best and field != "seed"}
+    checked = possible.checked.setdefault(repr((sorted(own), fixed_leaves)), set())
     for values in choices:
         pairs = set(itertools.combinations_with_replacement(map(repr, values.items()), 2))
         if pairs <= checked:

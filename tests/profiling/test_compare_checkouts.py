@@ -22,6 +22,7 @@ def checkouts(tmp_path) -> list[str]:
     """Two checkouts; the new one takes half the time of the old one."""
     for name, seconds in (("old", 2.0), ("new", 1.0)):
         (tmp_path / name / "seqpe_jax").mkdir(parents=True)
+        (tmp_path / name / "seqpe_jax" / "__init__.py").touch()  # a package goes before one on PYTHONPATH
         (tmp_path / name / "seqpe_jax" / "benchmark.py").write_text(STUB.format(body="", seconds=seconds))
     return [str(tmp_path / "old"), str(tmp_path / "new")]
 

@@ -222,6 +222,11 @@ def test_a_trial_may_have_another_config(tmp_path, monkeypatch):
             ["run 'c', where seed can become", "eval.stride is not read here, it needs eval.contexts"],
         ),
         (
+            waiting("BestOf(('a', 'b'), 'eval/loss@16')")
+            + "    yield 'd', {'seed': BestOf(('a', 'b'), 'eval/loss@16'), 'eval.stride': 0}\n",
+            ["run 'd', where seed can become", "eval.stride is not read here"],  # although 'c' has the same values
+        ),
+        (
             yielding("('a', {'variant': 'alibi', 'encoding.scaling': 'yarn'})"),
             ["run 'a'", "encoding.scaling", "rotary"],
         ),
