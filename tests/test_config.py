@@ -330,6 +330,14 @@ def test_an_option_of_a_part_that_is_off_is_refused(off, on, field, value):
         config.check_overrides_used(settings, [field])
 
 
+def test_a_field_of_a_loss_on_vectors_needs_vectors_before_a_weight():
+    """Its weight, which the field needs too, is refused by an encoding without vectors."""
+    field = "objective.contrastive.space"
+    settings = config.load(str(ROOT / "configs" / "stdlib_qa.py") + ":alibi", {field: "vectors"})
+    with pytest.raises(InputError, match=f"{field} is not read here, it needs encoding.kind='seqpe'"):
+        config.check_overrides_used(settings, [field])
+
+
 def test_fields_of_losses_and_pairs_that_are_off_are_refused():
     with pytest.raises(InputError, match="yarn_beta_slow=2.0 is not read without encoding.scaling='yarn'"):
         config.load(QUICKSTART + ":rotary", {"encoding.yarn_beta_slow": 2.0})

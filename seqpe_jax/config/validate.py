@@ -672,6 +672,13 @@ def _mixes_both(config: Config) -> bool:
 
 CONTRASTIVE, DISTILLATION = "objective.contrastive", "objective.distillation"
 CONDITIONS = (
+    # Before the weights, which other encodings refuse.
+    Condition(
+        _fields_of(ContrastiveConfig, CONTRASTIVE, without="weight")
+        + _fields_of(DistillationConfig, DISTILLATION, without="weight"),
+        lambda config: config.encoding.HAS_VECTORS,
+        "encoding.kind='seqpe', the encoding with a digit encoder",
+    ),
     Condition(
         _fields_of(ContrastiveConfig, CONTRASTIVE, without="weight"),
         lambda config: config.objective.contrastive.weight > 0,
