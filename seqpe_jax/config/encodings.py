@@ -215,7 +215,7 @@ class EncodingConfig:
     @classmethod
     def has(cls, field: str) -> bool:
         """Returns whether the encoding has a field."""
-        return any(own.name == field for own in dataclasses.fields(cls))
+        return field in limits.fields_of(cls)
 
     @classmethod
     def requires(cls) -> dict[str, tuple[str, Any]]:
@@ -1316,7 +1316,12 @@ def kinds_with(field: str) -> list[str]:
 
 def all_fields() -> dict[str, Any]:
     """Returns the fields of all encodings with their defaults; one that several have has the same default in each."""
-    names = {field.name: field.default for encoding in ENCODINGS.values() for field in dataclasses.fields(encoding)}
+    return dict(_all_fields(tuple(ENCODINGS.values())))
+
+
+@functools.cache
+def _all_fields(encodings: tuple[type, ...]) -> dict[str, Any]:
+    names = {field.name: field.default for encoding in encodings for field in dataclasses.fields(encoding)}
     return names | {"kind": "seqpe"}
 
 

@@ -30,7 +30,7 @@ from seqpe_jax.config.encodings import (
     any_encoding,
     kinds_with,
 )
-from seqpe_jax.config.limits import LARGEST, check_range
+from seqpe_jax.config.limits import LARGEST, check_range, fields_of
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, MeshConfig
 from seqpe_jax.config.validate import check, check_heads, check_overrides_used
 from seqpe_jax.data import registry
@@ -812,7 +812,7 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
         kind = ENCODINGS[values.get("kind", "seqpe")]
         values = {name: value for name, value in values.items() if name != "kind"}
     hints = _type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = fields_of(kind)
     for name in values:
         if name not in fields:
             raise InputError(unknown_field_message(prefix + name))
