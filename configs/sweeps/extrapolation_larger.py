@@ -6,9 +6,9 @@
 
 Each encoding has the parts and constants that it chose in study_text.py; nothing is chosen again. 1000 steps of 8 windows,
 three seeds, seed by seed, evaluated at 256 to 16,384 bytes. Fields in proportion to the window or the width of a head grow
-with them: ten rotary pairs of 24 have a period shorter than the window, SeqPE's features are 16 wide, and RoPE's longest
-wavelength is four times as long. Learning rates are those that the encodings chose, lower by sqrt(2), since the width is
-larger by 2.
+with them: ten rotary pairs of 24 have a period shorter than the window, SeqPE's features are 16 wide and its
+candidates lie within 2048 bytes, and RoPE's longest wavelength is four times as long. Learning rates are those that the
+encodings chose, lower by sqrt(2), since the width is larger by 2.
 Hardware: two CPU cores, one for each of two runs at once; about fifteen minutes a run, two and a half hours in all.
 docs/results/extrapolation_larger.csv holds an older study at this scale, one seed, in which only SeqPE had further parts.
 """
@@ -37,6 +37,7 @@ VARIANTS = {
         "encoding.max_position": 20_000,
         "encoding.width": 96,
         "encoding.feature_width": 16,
+        "objective.contrastive.window": 2048,
         **PAIRS,
     },
     "kerple": {RATE: 2.8e-3, "encoding.kerple_scale": 0.3, **PAIRS, **GATE},

@@ -115,7 +115,6 @@ SHARED = {
 FAST = ("two windows, one of them cut, and others", "a jittered box")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SHARED]
 )

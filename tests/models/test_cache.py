@@ -77,7 +77,6 @@ def check_prefill_and_decode(backend: str, signal: PositionSignal, gates: bool, 
     return cache
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend, cases",
     [
