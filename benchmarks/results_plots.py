@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import statistics
 import sys
 from collections.abc import Callable
 
@@ -16,14 +17,39 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from stored_studies import STORED, is_stored, study_of
+from stored_studies import STORED, by_steps, is_stored, study_of, title
 
 from seqpe_jax.reporting import plot_style, plots
 from seqpe_jax.reporting.load_run import check_evaluation
 from seqpe_jax.reporting.study import Run, Study
 
+
+def steps_plot(study: Study) -> plots.Plot:
+    """Draws bits per byte against training steps, a panel for each evaluated length, a line for each encoding."""
+    labels = {result["extent"]: result["label"] for run in study.runs for result in run.results}
+    figure, panels = matplotlib.pyplot.subplots(
+        1, len(labels), figsize=(12.0, 4.2), dpi=plot_style.DPI, layout="constrained", squeeze=False
+    )
+    for at, (axes, (extent, label)) in enumerate(zip(panels[0], sorted(labels.items()), strict=True)):
+        plot_style.style_axes(axes, "training steps", "" if at else "bits per byte")
+        axes.set_title(f"evaluated at {title(study, label)}", fontsize=11)
+        curves, ends = by_steps(study, "bits_per_byte", extent), []
+        for name, values in curves.items():
+            steps = sorted(values)
+            means = [statistics.fmean(values[step]) for step in steps]
+            encoding, _, form = name.partition("_")
+            colour = plot_style.COLOURS[encoding][0]
+            axes.plot(steps, means, marker="o", markersize=4.5, color=colour, linestyle=plot_style.DASHES[bool(form)])
+            ends.append((steps[-1], means[-1], name, colour))
+        plot_style.log2_axis(axes, {step for values in curves.values() for step in values}, set())
+        plot_style.label_ends(axes, ends)
+    return plots.Plot("steps", "Training steps", "", figure)
+
+
 STUDIES = {
     "study_text_fair+study_seqpe_recipe": plots.extrapolation,
+    "study_second_scale": plots.extrapolation,
+    "study_longer_training": steps_plot,
     "study_text": plots.extrapolation,
     "study_questions": functools.partial(plots.extrapolation_answers, metric="exact_match_strict"),
     "questions": plots.extrapolation_answers,

@@ -13,6 +13,8 @@ results is taken. A name may be FIRST+SECOND, with the rows of both.
   those that are significantly worse, those that tie with it, in the order of their means, and those that are not tested.
 - `<!-- tasks: STUDY FIRST-LAST -->`: of a study of algorithmic tasks, a line for each encoding, a column for each task: right
   outputs in percent, the mean over input lengths FIRST to LAST, and how many runs are left.
+- `<!-- steps: STUDY METRIC -->`: of a study with rows called NAME_STEPS, a line for each encoding and evaluated length, a
+  column for each number of training steps.
 - `<!-- suites: NAME -->`: docs/results/NAME.json, the probes of `evaluate --suite` by length, which `results.py --suites` stores.
 - `<!-- published: NAME STORED -->`: figures of others in docs/results/published.json, with the table that they were read in,
   and those of a model of ours.
@@ -24,12 +26,24 @@ import dataclasses
 import json
 import pathlib
 import re
+import statistics
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from results_plots import ROWS
-from stored_studies import ROOT, STORED, WORK, first_stored, is_stored, metric_of, planned_studies, study_of, title
+from stored_studies import (
+    ROOT,
+    STORED,
+    WORK,
+    by_steps,
+    first_stored,
+    is_stored,
+    metric_of,
+    planned_studies,
+    study_of,
+    title,
+)
 
 from seqpe_jax.config import encoding_name
 from seqpe_jax.reporting import tables
@@ -44,7 +58,7 @@ from seqpe_jax.reporting.study import Study, format_value, get_field, last_measu
 from seqpe_jax.reporting.tuning_table import tuning_tables
 
 MARK = re.compile(
-    r"(<!-- (results|contexts|parts|trials|significance|tasks|suites|published|headline): ([^>]+) -->\n).*?(<!-- end of \2 -->)",
+    r"(<!-- (results|contexts|parts|trials|significance|tasks|steps|suites|published|headline): ([^>]+) -->\n).*?(<!-- end of \2 -->)",
     re.DOTALL,
 )
 TASKS = {
@@ -172,6 +186,32 @@ def tasks_table(name: str, lengths: str) -> str:
     done, planned = sum(map(len, found.values())), len(study.runs) + len(study.not_begun)
     left = f"\n{done} of {planned} runs.\n" if done < planned else ""
     return tables.markdown(tables.Table("", ["encoding", "positions", *names], rows, words=(0, 1))) + left
+
+
+def steps_table(name: str, metric: str) -> str:
+    """Returns the markdown table of a metric by evaluated length, encoding and training steps; bold: the best of each."""
+    if not is_stored(name):
+        return "No row has been evaluated yet.\n"
+    study = study_of(name)
+    labels = {result["extent"]: result["label"] for run in study.runs for result in run.results}
+    rows, columns = [], sorted({run.config["steps"] for run in study.runs if run.evaluated})
+    for extent, label in sorted(labels.items()):
+        own = {
+            row: {steps: statistics.fmean(values) for steps, values in found.items()}
+            for row, found in by_steps(study, metric, extent).items()
+        }
+        best = {steps: min(values[steps] for values in own.values() if steps in values) for steps in columns}
+        for row, values in own.items():
+            cells = [tables.Cell(row), tables.Cell(title(study, label))]
+            for steps in columns:
+                value = values.get(steps)
+                text = tables.MISSING if value is None else f"{value:.3f}"
+                cells.append(tables.Cell(text, value, best=value == best[steps]))
+            rows.append(cells)
+    done, planned = sum(run.evaluated for run in study.runs), len(study.runs) + len(study.not_begun)
+    left = f"\n{done} of {planned} runs.\n" if done < planned else ""
+    header = ["run", "evaluated at", *(f"{steps} steps" for steps in columns)]
+    return tables.markdown(tables.Table("", header, rows, words=(0, 1))) + left
 
 
 def mean_over_lengths(results: list[dict], first: int, last: int) -> float:
@@ -424,6 +464,7 @@ def rewritten(page: pathlib.Path) -> str:
             "trials": lambda: trials_table(*words),
             "significance": lambda: significance_table(arguments),
             "tasks": lambda: tasks_table(*words),
+            "steps": lambda: steps_table(*words),
             "suites": lambda: suites_table(*words),
             "published": lambda: published_table(*words),
             "headline": lambda: headline(page, *words),

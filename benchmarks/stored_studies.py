@@ -85,6 +85,16 @@ def study_of(name: str) -> Study:
     return Study(name, runs)
 
 
+def by_steps(study: Study, metric: str, extent: float) -> dict[str, dict[int, list[float]]]:
+    """Returns encoding -> training steps -> values of a metric at one length, of a study with rows called NAME_STEPS."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in (run for run in study.runs if run.evaluated):
+        value = next(result[metric] for result in run.results if result["extent"] == extent)
+        name = run.row.removesuffix(f"_{run.config['steps']}")
+        found.setdefault(name, {}).setdefault(run.config["steps"], []).append(value)
+    return found
+
+
 def metric_of(study: Study, key: str) -> tuple[str, Metric]:
     """Returns the kind of data of a study's runs, and a metric of these by its key."""
     data = study.runs[0].data_kind

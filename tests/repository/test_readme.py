@@ -254,6 +254,26 @@ def test_tables_of_standard_tests_say_what_is_stored(monkeypatch, tmp_path):
     )
 
 
+def test_the_table_of_training_steps_has_a_line_for_each_encoding_and_length(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    stored, script = (importlib.import_module(name) for name in ("stored_studies", "results_tables"))
+
+    def run(row, steps, bits):
+        found = [{"length": 64, "extent": 64, "label": "64", "bits_per_byte": bits}]
+        settings = {"steps": steps, "seed": 1, "data": {"length": 64}, "encoding": {"kind": "alibi"}}
+        return stored.Run(f"{row}-1", settings, [], {"results": found}, None, None, row=row)
+
+    runs = [run("alibi_5", 5, 2.0), run("alibi_pairs_5", 5, 1.9), run("alibi_20", 20, 1.7)]
+    monkeypatch.setattr(script, "study_of", lambda name: stored.Study(name, runs, not_begun=["alibi_pairs_20"]))
+    monkeypatch.setattr(script, "is_stored", lambda name: True)
+    assert script.steps_table("study_longer_training", "bits_per_byte").splitlines()[2:] == [
+        "| alibi | 64 (1x) | 2.000 | **1.700** |",
+        "| alibi_pairs | 64 (1x) | **1.900** | - |",
+        "",
+        "3 of 4 runs.",
+    ]
+
+
 def test_rows_of_the_pods_table_are_those_that_were_compiled(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = importlib.import_module("pods_table")
