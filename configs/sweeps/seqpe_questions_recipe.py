@@ -7,10 +7,10 @@
 The first trial is the recipe that SeqPE chose in study_questions.py: forget gates that start open, and one head of four
 without a position. There the contrastive loss on logits leaves no head with a position flat enough to find answers far
 away: at 505 tokens the flattest loses 9 nats, where KERPLE's loses 0.02, and one seed of three has no other head that looks
-so far. Tried, each alone: factors of the heads with ratios like those of ALiBi's slopes; a weaker contrastive loss; log
-scaling; rotary pairs in the heads with a position. Then the best two together, a lower learning rate, and a position in two
-heads or in one, without pairs, each from the best trial so far. Data, steps, seeds, evaluations and the loss that decides
-are those of study_questions.py.
+so far. Tried, each alone: factors of the heads that differ more; a weaker contrastive loss; log scaling; rotary pairs in
+the heads with a position. Then the best two together, a lower learning rate, and a position in two heads or in one, without
+pairs, each from the best trial so far. Data, steps, seeds, evaluations and the loss that decides are those of
+study_questions.py.
 Hardware: two CPU cores, one for each of two runs at once; about an hour.
 """
 
