@@ -2,7 +2,6 @@
 
     python benchmarks/results.py             writes CSV files, plots, tables and sentences
     python benchmarks/results.py --check     says which of them are stale, and changes nothing
-    python benchmarks/results.py --curve SWEEP METRIC STUDY     stores what runs measured while training
     python benchmarks/results.py --suites FOLDER NAME           stores the probes that a run was asked (evaluate --suite)
     python benchmarks/results.py --work STUDY ...               stores parameters and FLOPs of studies' rows
 
@@ -41,14 +40,12 @@ def main(check: bool) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--curve"] and len(sys.argv) == 5:
-        sys.exit(results_tables.store_curve(*sys.argv[2:]))
     if sys.argv[1:2] == ["--suites"] and len(sys.argv) == 4:
         sys.exit(results_tables.store_suites(*sys.argv[2:]))
     if sys.argv[1:2] == ["--work"] and len(sys.argv) > 2:
         sys.exit(results_tables.store_work(sys.argv[2:]))
     if sys.argv[1:] not in ([], ["--check"]):
-        wrong = "give nothing, --check, --curve SWEEP METRIC STUDY, --suites FOLDER NAME, or --work STUDY ..."
+        wrong = "give nothing, --check, --suites FOLDER NAME, or --work STUDY ..."
         print(f"error: {' '.join(sys.argv[1:])}: {wrong}", file=sys.stderr)
         sys.exit(2)
     sys.exit(main("--check" in sys.argv))

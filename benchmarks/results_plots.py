@@ -50,15 +50,12 @@ STUDIES = {
     "study_text_fair+study_seqpe_recipe": plots.extrapolation,
     "study_second_scale": plots.extrapolation,
     "study_longer_training": steps_plot,
-    "study_text": plots.extrapolation,
     "study_questions": functools.partial(plots.extrapolation_answers, metric="exact_match_strict"),
-    "questions": plots.extrapolation_answers,
     "study_images_fair": plots.extrapolation_sizes,
 }
 # Rows of a study that has more of them than curves are distinguishable.
 ROWS = {
     "study_text_fair": ("seqpe", "seqpe_recipe", "kerple", "fox", "cable", "alibi", "rotary", "scale_invariant"),
-    "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
     "study_images_fair": (
         "seqpe",
         "sinusoidal",

@@ -1,14 +1,13 @@
 """The tables and sentences of README.md and docs/ from the stored results of the studies; `results.py` is the command.
 
-Each stands between its mark and `<!-- end of KIND -->`. STUDIES are names of studies, comma-separated: the first that has
-results is taken. A name may be FIRST+SECOND, with the rows of both.
+Each stands between its mark and `<!-- end of KIND -->`. STUDY is the name of a study, or FIRST+SECOND, with the rows of both.
 
-- `<!-- results: STUDIES METRIC [rows] -->`: a line for each row, or for those named (comma-separated, in that order), a
+- `<!-- results: STUDY METRIC [rows] -->`: a line for each row, or for those named (comma-separated, in that order), a
   column for each evaluated length or size, with means, intervals and tests over all rows of the study as a report has them
   (`seqpe_jax.reporting`), then parameters and FLOPs.
-- `<!-- contexts: STUDIES [rows] -->`: the same tokens under several contexts.
-- `<!-- parts: STUDIES -->`: the parts, learning rates and constants that trials chose.
-- `<!-- trials: STUDIES ROW METRIC ... -->`: the trials of one row, what each changes in the first, and its metrics on the validation split.
+- `<!-- contexts: STUDY [rows] -->`: the same tokens under several contexts.
+- `<!-- parts: STUDY -->`: the parts, learning rates and constants that trials chose.
+- `<!-- trials: STUDY ROW METRIC ... -->`: the trials of one row, what each changes in the first, and its metrics on the validation split.
 - `<!-- significance: STUDIES METRIC [labels]; ... -->`: for each length or size, or for those named, the row with the best mean,
   those that are significantly worse, those that tie with it, in the order of their means, and those that are not tested.
 - `<!-- tasks: STUDY FIRST-LAST -->`: of a study of algorithmic tasks, a line for each encoding, a column for each task: right
@@ -18,7 +17,7 @@ results is taken. A name may be FIRST+SECOND, with the rows of both.
 - `<!-- suites: NAME -->`: docs/results/NAME.json, the probes of `evaluate --suite` by length, which `results.py --suites` stores.
 - `<!-- published: NAME STORED -->`: figures of others in docs/results/published.json, with the table that they were read in,
   and those of a model of ours.
-- `<!-- headline: STUDIES METRIC ROWS -->`: the plot of the study, the outcome for rows against the strongest other encoding,
+- `<!-- headline: STUDY METRIC ROWS -->`: the plot of the study, the outcome for rows against the strongest other encoding,
   and how far a study has come that is not finished.
 """
 
@@ -37,7 +36,6 @@ from stored_studies import (
     STORED,
     WORK,
     by_steps,
-    first_stored,
     is_stored,
     metric_of,
     planned_studies,
@@ -63,20 +61,13 @@ MARK = re.compile(
 )
 TASKS = {
     "study_text_fair": "text",
-    "study_text": "text",
     "encoder_width": "text",
     "extend_context": "text",
     "study_questions": "questions",
-    "questions": "questions",
     "study_images_fair": "images",
     "moving_digits": "video",
 }
 MAX_TIES = 4  # rows that tie of which a table of several studies gives the names; then it gives their number
-# What a headline adds about studies from before the same parts were offered to all.
-OLDER = (
-    "This is from before the fair study: only SeqPE was combined with further parts, such as rotary pairs, so the plot does "
-    "not show that it is the best."
-)
 # Sweeps that are not called as their studies, for the configs of runs that no docs/results/STUDY.json has.
 SWEEPS = {"ablation_digits": "ablation"}
 
@@ -86,16 +77,13 @@ def pages() -> list[pathlib.Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def table(names: str, key: str, rows: str = "") -> str:
+def table(name: str, key: str, rows: str = "") -> str:
     """Returns the markdown table of a metric of a stored study; rows: names, comma-separated, "" = all as they come."""
-    name = first_stored(names)
     if not is_stored(name):
         return "No row has been evaluated yet.\n"
     study = study_of(name)
     data, metric = metric_of(study, key)
-    by_step = name.endswith("_by_step")
-    marked = set() if by_step else worse_cells(significance_tests(study, data, metric))
-    whole = tables.by_size(study, data, metric, marked, work=not by_step)
+    whole = tables.by_size(study, data, metric, worse_cells(significance_tests(study, data, metric)), work=True)
     _, extents = tables.values_of(study, data, metric)
     header = ["run", *(title(study, label) for label in extents), *whole.header[1 + len(extents) :]]
     lines = {row[0].text: row for row in whole.rows if not all(cell.missing for cell in row[1:])}
@@ -103,9 +91,8 @@ def table(names: str, key: str, rows: str = "") -> str:
     return tables.markdown(tables.Table("", header, list(wanted)))
 
 
-def contexts_table(names: str, rows: str = "") -> str:
+def contexts_table(name: str, rows: str = "") -> str:
     """Returns the markdown table of the same tokens under several contexts; rows: as in `table`."""
-    name = first_stored(names)
     if not is_stored(name):
         return "No row has been evaluated yet.\n"
     study = study_of(name)
@@ -290,23 +277,21 @@ def store_suites(folder: str, name: str) -> int:
     return 0
 
 
-def headline(page: pathlib.Path, names: str, key: str, rows: str) -> str:
+def headline(page: pathlib.Path, name: str, key: str, rows: str) -> str:
     """Returns the plot of a study, the outcome for rows, and how far a study has come that is not finished.
 
     Args:
       page: page on which it stands.
-      names: studies, comma-separated; the first that has an outcome is taken.
+      name: study.
       key: metric.
       rows: rows of the study, comma-separated; those that it does not have are left out.
     """
-    for name in filter(is_stored, names.split(",")):
-        study = study_of(name)
-        kind, metric = metric_of(study, key)
-        by_row = [outcomes(study, kind, metric, row) for row in rows.split(",") if row in study.rows]
-        if by_row := [own for own in by_row if own]:
-            break
-    else:
-        raise ValueError(f"{names}: no study compares {rows} with another encoding")
+    study = study_of(name)
+    kind, metric = metric_of(study, key)
+    by_row = [outcomes(study, kind, metric, row) for row in rows.split(",") if row in study.rows]
+    by_row = [own for own in by_row if own]
+    if not by_row:
+        raise ValueError(f"{name}: does not compare {rows} with another encoding")
     found = by_row[0]
     shown = [f"{own[0].text}, {own[1].text} to {own[len(found)].text}" for own in _shown(study, kind, metric)]
     plot = f"{'docs/' * (page.name == 'README.md')}results/{study.name}.png"
@@ -317,11 +302,7 @@ def headline(page: pathlib.Path, names: str, key: str, rows: str) -> str:
     words = f"**{task}: {said}** {metric.title}, {metric.direction}; "
     words += f"means of {', '.join(map(str, seeds))} seeds, with Holm's correction; a tie means that the seeds do not "
     words += "separate two encodings."
-    planned = [one for one in names.split(",") if one.partition("+")[0] in planned_studies()]
-    unfinished = [one for one in planned if _unfinished(study_of(one))]
-    caveats = [OLDER] if name not in planned else []
-    text = " ".join([words, *caveats, *(_progress(study_of(one)).strip() for one in unfinished)])
-    return f"![{tables.escape(alt)}]({plot})\n\n{text}\n"
+    return f"![{tables.escape(alt)}]({plot})\n\n{' '.join([words, _progress(study).strip()]).strip()}\n"
 
 
 def _shown(study: Study, kind: str, metric: tables.Metric) -> list[tables.Cell]:
@@ -372,8 +353,7 @@ def significance_table(studies: str) -> str:
     """
     lines, many = [], ";" in studies
     for one in studies.split(";"):
-        names, key, *labels = one.split()
-        name = first_stored(names)
+        name, key, *labels = one.split()
         study = study_of(name)
         kind, metric = metric_of(study, key)
         wanted = labels[0].split(",") if labels else None
@@ -393,18 +373,6 @@ def _row_names(result: Comparison, shorten: bool) -> list[str]:
     if shorten and len(ties) > MAX_TIES + 1:
         ties = [*ties[:MAX_TIES], f"{len(ties) - MAX_TIES} others"]
     return [", ".join(names) or tables.MISSING for names in ([result.best], result.worse, ties, result.untested)]
-
-
-def store_curve(sweep: str, metric: str, study: str) -> int:
-    """Stores a metric of the validation split by step, of all finished runs of a sweep's folder; returns the exit code."""
-    rows = []
-    for folder in sorted(path.parent for path in pathlib.Path(sweep).glob("*/evaluation.json")):
-        seed = json.loads((folder / "config.json").read_text())["seed"]
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        rows += [[folder.name, seed, x["step"], x[f"eval/{metric}"]] for x in lines if f"eval/{metric}" in x]
-    lines = [["run", "seed", "step", metric.partition("@")[0]], *rows]
-    (STORED / f"{study}.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-    return 0 if rows else 1
 
 
 def store_work(names: list[str]) -> int:

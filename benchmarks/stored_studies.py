@@ -19,7 +19,6 @@ from seqpe_jax.reporting.study import Run, Study
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORED = ROOT / "docs" / "results"
 WORK = STORED / "work.json"
-NAMES = dict.fromkeys(("questions", "questions_by_step"), "stdlib_qa")  # of data that lengths do not tell from text
 MEASURED = ("bits_per_byte", "contains", "exact_match", "exact_match_strict", "f1", "top1", "tokens", "examples")
 
 
@@ -38,17 +37,11 @@ def is_stored(name: str) -> bool:
     return (STORED / f"{name}.csv").exists()
 
 
-def first_stored(names: str) -> str:
-    """Returns the first of several studies, comma-separated, that has results of rows; else the last."""
-    found = names.split(",")
-    return next((name for name in found if is_stored(name)), found[-1])
-
-
 @functools.cache
 def study_of(name: str) -> Study:
     """Returns a stored study: the results of its runs, where they were trained, and what their models cost.
 
-    "FIRST+SECOND" has the rows of both, under the name of the first; the second may be missing. Of a CSV file, a run's row is its name less its seed. Results by training step have the step as their label.
+    "FIRST+SECOND" has the rows of both, under the name of the first; the second may be missing. Of a CSV file, a run's row is its name less its seed.
     """
     if "+" in name:
         first, *others = (study_of(part) for part in name.split("+") if part in planned_studies() or is_stored(part))
@@ -73,7 +66,7 @@ def study_of(name: str) -> Study:
     for run, found in results.items():
         line = next(line for line in lines if line["run"] == run)
         row = run.removesuffix(f"-{line['seed']}")
-        data = {"length": 1, "name": NAMES.get(name)}
+        data = {"length": 1, "name": None}
         if "training_length" in line:
             data["length"] = int(line["training_length"])
         elif "training_size" in line and _is_images(lines):
@@ -107,8 +100,6 @@ def _is_images(lines: list[dict[str, str]]) -> bool:
 
 def _scale(line: dict[str, str]) -> dict:
     """The extent and the label of a line's length, size or step."""
-    if "step" in line:
-        return {"extent": int(line["step"]), "label": line["step"]}
     if "length" in line:
         return size_of({"length": line["length"]})
     return size_of({"size": _sides(line["size"])})
@@ -123,6 +114,4 @@ def _sides(size: str) -> list[int]:
 def title(study: Study, label: str) -> str:
     """Returns the head of a column: the length or size, and how many times that of training it is."""
     trained = study.runs[0].training_size["label"]
-    if study.name.endswith("_by_step"):
-        return label
     return f"{label} ({int(label.split('x')[-1]) / int(trained.split('x')[-1]):g}x)"

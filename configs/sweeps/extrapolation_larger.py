@@ -9,8 +9,7 @@ three seeds, seed by seed, evaluated at 256 to 16,384 bytes. Fields in proportio
 with them: ten rotary pairs of 24 have a period shorter than the window, SeqPE's features are 16 wide and its
 candidates lie within 2048 bytes, and RoPE's longest wavelength is four times as long. Learning rates are those that the
 encodings chose, lower by sqrt(2), since the width is larger by 2.
-Hardware: two CPU cores, one for each of two runs at once; about fifteen minutes a run, two and a half hours in all.
-docs/results/extrapolation_larger.csv holds an older study at this scale, one seed, in which only SeqPE had further parts.
+Hardware: two CPU cores, one for each of two runs at once; five to fifteen minutes a run, two to three hours in all.
 """
 
 from seqpe_jax.sweeps import product

@@ -7,10 +7,9 @@
 Trained on 128 bytes for the 4800 steps of configs/stdlib_qa.py, evaluated at 128 to 1024 on all 519 questions of the test
 split. Each encoding has twelve trials of 2400 steps with seed 0, as in study_text.py: without a part, with each part alone,
 with the best two together, then learning rates and constants. The loss of the answers on the validation split at 512 bytes,
-four times the training length, decides. questions.py is an older study, of nine encodings at one rate for all, whose results
-are stored.
+four times the training length, decides.
 Hardware: two CPU cores, one for each of two runs at once; about six hours for 90 runs. SeqPE comes first, then the encodings
-that were closest to it in questions.py and in single runs.
+that were closest to it in single runs.
 """
 
 from seqpe_jax.sweeps import fair_study, product

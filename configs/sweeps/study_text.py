@@ -10,7 +10,7 @@ start open, a head without position, or log scaling; with the best two of these 
 other values of the constant that its authors chose for their own windows. SeqPE has the same twelve, and its constants are
 forms of the contrastive loss. Each trial starts from the best one so far; the loss on the validation split at 256 bytes,
 four times the training length, decides. Then come five seeds of the encodings in the README's plot, of the others three.
-The forms of scaled RoPE train as RoPE does, and are in study_text's stored results from before.
+The forms of scaled RoPE train as RoPE does; extend_context.py compares them.
 Hardware: two CPU cores, one for each of two runs at once; about seven hours, the strongest encodings first.
 """
 
