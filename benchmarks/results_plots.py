@@ -56,6 +56,11 @@ STUDIES = {
 # Rows of a study that has more of them than curves are distinguishable.
 ROWS = {
     "study_text_fair": ("seqpe", "seqpe_recipe", "kerple", "fox", "cable", "alibi", "rotary", "scale_invariant"),
+    "study_longer_training": tuple(
+        f"{row}_{steps}"
+        for row in ("seqpe", "fox", "alibi", "rotary", "alibi_pairs")  # rotary_plain is far above all others
+        for steps in (1000, 3000, 10_000, 30_000)
+    ),
     "study_images_fair": (
         "seqpe",
         "sinusoidal",

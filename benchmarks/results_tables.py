@@ -14,6 +14,7 @@ Each stands between its mark and `<!-- end of KIND -->`. STUDY is the name of a 
   outputs in percent, the mean over input lengths FIRST to LAST, and how many runs are left.
 - `<!-- steps: STUDY METRIC -->`: of a study with rows called NAME_STEPS, a line for each encoding and evaluated length, a
   column for each number of training steps.
+- `<!-- seeds: NAME SPLIT -->`: docs/results/NAME.json, {ROW-SEED: {SPLIT@LENGTH: value}}: a line for each seed and row.
 - `<!-- suites: NAME -->`: docs/results/NAME.json, the probes of `evaluate --suite` by length, which `results.py --suites` stores.
 - `<!-- published: NAME STORED -->`: figures of others in docs/results/published.json, with the table that they were read in,
   and those of a model of ours.
@@ -56,7 +57,7 @@ from seqpe_jax.reporting.study import Study, format_value, get_field, last_measu
 from seqpe_jax.reporting.tuning_table import tuning_tables
 
 MARK = re.compile(
-    r"(<!-- (results|contexts|parts|trials|significance|tasks|steps|suites|published|headline): ([^>]+) -->\n).*?(<!-- end of \2 -->)",
+    r"(<!-- (results|contexts|parts|trials|significance|tasks|steps|seeds|suites|published|headline): ([^>]+) -->\n).*?(<!-- end of \2 -->)",
     re.DOTALL,
 )
 TASKS = {
@@ -218,6 +219,17 @@ def _percent_cell(value: float | None, best: float) -> tables.Cell:
     if value is None:
         return tables.Cell(tables.MISSING)
     return tables.Cell(f"{value:.1f}", value, best=f"{value:.1f}" == f"{best:.1f}")
+
+
+def seeds_table(name: str, split: str) -> str:
+    """Returns the markdown table of a split's values by length, of each seed the rows in the order of their names."""
+    stored = json.loads((STORED / f"{name}.json").read_text())
+    lengths = sorted({int(key.partition("@")[2]) for values in stored.values() for key in values})
+    rows = []
+    for run, values in sorted(stored.items(), key=lambda item: item[0].rpartition("-")[::-1]):
+        row, _, seed = run.rpartition("-")
+        rows.append([seed, row, *(f"{values[f'{split}@{length}']:.3f}" for length in lengths)])
+    return tables.markdown_of_rows(["seed", "row", *map(str, lengths)], rows)
 
 
 def suites_table(name: str) -> str:
@@ -433,6 +445,7 @@ def rewritten(page: pathlib.Path) -> str:
             "significance": lambda: significance_table(arguments),
             "tasks": lambda: tasks_table(*words),
             "steps": lambda: steps_table(*words),
+            "seeds": lambda: seeds_table(*words),
             "suites": lambda: suites_table(*words),
             "published": lambda: published_table(*words),
             "headline": lambda: headline(page, *words),

@@ -240,6 +240,8 @@ def test_tables_of_standard_tests_say_what_is_stored(monkeypatch, tmp_path):
     trials = script.trials_table("study_seqpe_recipe", "seqpe_recipe", "loss@64", "loss@256")
     assert len(trials.splitlines()) == 2 + 12 and trials.splitlines()[2].startswith("| the first | 1.")
     assert trials.count("**") == 4 and "| rotary_pairs=6 | 1." in trials
+    by_seed = script.seeds_table("line_coordinates", "test").splitlines()
+    assert by_seed[2:4] == ["| 1 | index | 1.765 | 1.745 | 1.740 |", "| 1 | lines | 1.733 | 1.711 | 1.706 |"]
     published = script.published_table("ruler", "retrieval_ruler")
     assert (
         "| Llama 3.1 8B | 128K | 32K | 95.5 |" in published
