@@ -283,10 +283,9 @@ def test_rows_of_the_pods_table_are_those_that_were_compiled(monkeypatch):
 
 @pytest.mark.slow
 def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monkeypatch):
-    """For two encodings of the study on text; parameters of images also for all runs that stored theirs."""
+    """For two encodings of the study on text, whose evaluations stored theirs."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = importlib.import_module("results_tables")
-    stored = json.loads(script.WORK.read_text())
     configs = script.configs_of("study_text_fair")
     evaluated = json.loads((script.STORED / "study_text_fair.json").read_text())["runs"]
     for name in ("seqpe-1", "rotary-1"):
@@ -294,10 +293,6 @@ def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monk
         assert script.work_of(configs[name]) == pytest.approx(
             {key: own[key] for key in ("parameters", "training_flops")}
         )
-    for name, run in json.loads((script.STORED / "study_images.json").read_text())["runs"].items():
-        if run["evaluation"]:
-            known = stored["study_images"][name.rpartition("-")[0]]
-            assert run["evaluation"]["parameters"] == known["parameters"], name
     assert "| 442,140 | 2.77 M |" in (ROOT / "docs" / "results.md").read_text()
 
 
