@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORED = ROOT / "docs" / "results" / "line_coordinates.json"
 ROWS = {"index": 1, "lines": 3}  # number of coordinates
 STEPS, LENGTH, MAX_POSITION = 1000, 256, 5000
-EVALUATED, TEXT = (256, 1024, 4096), 65536  # lengths of windows; bytes of the split
+EVALUATED_LENGTHS, EVALUATED_BYTES = (256, 1024, 4096), 65536  # of windows; of each split
 NEWLINE, SPACE = 10, 32
 FIELDS = {
     "steps": STEPS,
@@ -70,9 +70,7 @@ def coordinates(tokens: jax.Array, first: jax.Array, axes: int) -> jax.Array:
     line = jax.lax.cummax(jnp.where(begins, at, 0), axis=1)  # where the line of a byte begins
 
     def next_depth(carry, here):
-        text, line_before = (
-            carry  # where the text of the line began, -1 = not yet; where the line of the byte before began
-        )
+        text, line_before = carry  # where a line's text began, -1 = not yet; where the line of the byte before began
         token, line, at = here
         text = jnp.where(line != line_before, -1, text)
         text = jnp.where((text < 0) & (token != SPACE), at, text)
@@ -84,7 +82,7 @@ def coordinates(tokens: jax.Array, first: jax.Array, axes: int) -> jax.Array:
     return jnp.stack(columns, -1).astype(jnp.int32)
 
 
-def measure(row: str, seed: int, steps: int = STEPS) -> dict[str, float]:
+def measure(row: str, seed: int) -> dict[str, float]:
     """Trains a row and returns its bits per byte by split and length, as "SPLIT@LENGTH"."""
     axes, key = ROWS[row], jax.random.key(seed)
     settings = config.load(str(ROOT / "configs" / "stdlib_lm.py:seqpe"), FIELDS | {"seed": seed})
@@ -122,18 +120,18 @@ def measure(row: str, seed: int, steps: int = STEPS) -> dict[str, float]:
     model = network.init(stream(key, "model"), jnp.zeros((1, LENGTH), jnp.int32), signal)["params"]
     params = {"encoding": encoding, "model": model}
     state, batches = optimizer.init(params), trainer.batches(0)
-    for number in range(steps):
+    for number in range(STEPS):
         params, state, loss = step(params, state, next(batches)[1]["tokens"], number)
         if (number + 1) % 50 == 0:
-            print(f"step {number + 1} of {steps}: {float(loss) / math.log(2):.3f} bits per byte", flush=True)
+            print(f"step {number + 1} of {STEPS}: {float(loss) / math.log(2):.3f} bits per byte", flush=True)
 
     total = jax.jit(lambda params, tokens: losses(params, tokens, jnp.zeros(len(tokens), jnp.int32)).sum())
     found = {}
     for split in ("validation", "test"):
-        text = np.asarray(trainer.task.sample_tokens((TEXT + 1,), split))
-        for length in EVALUATED:
-            windows = np.stack([text[at : at + length + 1] for at in range(0, TEXT, length)])
-            parts = windows.reshape(-1, max(EVALUATED) // length, length + 1)
+        text = np.asarray(trainer.task.sample_tokens((EVALUATED_BYTES + 1,), split))
+        for length in EVALUATED_LENGTHS:
+            windows = np.stack([text[at : at + length + 1] for at in range(0, EVALUATED_BYTES, length)])
+            parts = windows.reshape(-1, max(EVALUATED_LENGTHS) // length, length + 1)
             bits = sum(float(total(params, jnp.asarray(part))) for part in parts) / math.log(2)
             found[f"{split}@{length}"] = bits / (windows.shape[0] * length)
     return found
