@@ -11,7 +11,8 @@ Each stands between its mark and `<!-- end of KIND -->`. STUDY is the name of a 
 - `<!-- significance: STUDIES METRIC [labels]; ... -->`: for each length or size, or for those named, the row with the best mean,
   those that are significantly worse, those that tie with it, in the order of their means, and those that are not tested.
 - `<!-- tasks: STUDY FIRST-LAST -->`: of a study of algorithmic tasks, a line for each encoding, a column for each task: right
-  outputs in percent, the mean over input lengths FIRST to LAST, and how many runs are left.
+  outputs in percent, the mean over input lengths FIRST to LAST, another column for inputs whose outputs are all right where a
+  task has several, and how many runs are left.
 - `<!-- steps: STUDY METRIC -->`: of a study with rows called NAME_STEPS, a line for each encoding and evaluated length, a
   column for each number of training steps.
 - `<!-- seeds: NAME SPLIT -->`: docs/results/NAME.json, {ROW-SEED: {SPLIT@LENGTH: value}}: a line for each seed and row.
@@ -45,6 +46,7 @@ from stored_studies import (
 )
 
 from seqpe_jax.config import encoding_name
+from seqpe_jax.data.registry import ALGORITHMIC_TASKS
 from seqpe_jax.reporting import tables
 from seqpe_jax.reporting.significance import (
     Comparison,
@@ -149,6 +151,8 @@ def trials_table(name: str, row: str, *metrics: str) -> str:
 def tasks_table(name: str, lengths: str) -> str:
     """Returns the markdown table of a study of algorithmic tasks.
 
+    A task whose inputs have several outputs has a second column, of the inputs whose outputs are all right.
+
     Args:
       name: study.
       lengths: "FIRST-LAST", the input lengths whose mean is shown; each result has those above the one before it.
@@ -162,16 +166,21 @@ def tasks_table(name: str, lengths: str) -> str:
         settings = run.config
         kind = encoding_name(settings["encoding"]["kind"], settings["encoding"].get("gate", "none"))
         positions = "random" if settings["eval"]["positions"] == "random" else "counted"
-        found.setdefault((kind, positions), {})[settings["data"]["task"]] = mean_over_lengths(run.results, first, last)
+        own = found.setdefault((kind, positions), {})
+        task = settings["data"]["task"]
+        own[task] = mean_over_lengths(run.results, first, last, "accuracy")
+        _, outputs = ALGORITHMIC_TASKS[task]
+        if outputs(last) > 1:
+            own[f"{task}, all"] = mean_over_lengths(run.results, first, last, "exact_match")
     if not found:
         return "No run has been evaluated yet.\n"
-    names = list(dict.fromkeys(task for own in found.values() for task in own))
-    best = {task: max(own[task] for own in found.values() if task in own) for task in names}
+    names = list(dict.fromkeys(column for own in found.values() for column in own))
+    best = {column: max(own[column] for own in found.values() if column in own) for column in names}
     rows = [
-        [*map(tables.Cell, key), *(_percent_cell(own.get(task), best[task]) for task in names)]
+        [*map(tables.Cell, key), *(_percent_cell(own.get(column), best[column]) for column in names)]
         for key, own in found.items()
     ]
-    done, planned = sum(map(len, found.values())), len(study.runs) + len(study.not_begun)
+    done, planned = sum(run.evaluated for run in study.runs), len(study.runs) + len(study.not_begun)
     left = f"\n{done} of {planned} runs.\n" if done < planned else ""
     return tables.markdown(tables.Table("", ["encoding", "positions", *names], rows, words=(0, 1))) + left
 
@@ -202,8 +211,8 @@ def steps_table(name: str, metric: str) -> str:
     return tables.markdown(tables.Table("", header, rows, words=(0, 1))) + left
 
 
-def mean_over_lengths(results: list[dict], first: int, last: int) -> float:
-    """Returns the mean accuracy over input lengths; each result is the mean over those above the one before it."""
+def mean_over_lengths(results: list[dict], first: int, last: int, metric: str) -> float:
+    """Returns the mean of a percentage over input lengths; each result is the mean over those above the one before it."""
     ordered = sorted(results, key=lambda result: result["length"])
     weights, before = [], 0
     for result in ordered:
@@ -211,7 +220,7 @@ def mean_over_lengths(results: list[dict], first: int, last: int) -> float:
         before = result["length"]
     if sum(weights) != last - first + 1:
         raise ValueError(f"lengths {first} to {last} are not those of {[result['length'] for result in ordered]}")
-    return sum(weight * result["accuracy"] for weight, result in zip(weights, ordered, strict=True)) / sum(weights)
+    return sum(weight * result[metric] for weight, result in zip(weights, ordered, strict=True)) / sum(weights)
 
 
 def _percent_cell(value: float | None, best: float) -> tables.Cell:

@@ -36,6 +36,7 @@ OPTIONAL_RESULT_FIELDS: FieldTypes = dict.fromkeys(("tokens", "examples", *HIGHE
     "stride": int,
     "key_tokens": int,
     "loss_by_position": dict,
+    "by_length": dict,
     "depth": list,
     "distance": list,
     "by_class": dict,
@@ -130,6 +131,10 @@ def _check_curves(result: dict[str, Any]) -> None:
         positions, losses = (np.asarray(curve[name], float) for name in ("position", "loss"))
         if positions.ndim != 1 or positions.shape != losses.shape or not len(positions) or not 0 <= positions.min():
             raise ValueError(positions.shape)
+    if "by_length" in result:
+        lengths, percentages = (np.asarray(result["by_length"][name], float) for name in ("length", "accuracy"))
+        if lengths.ndim != 1 or lengths.shape != percentages.shape or not len(lengths):
+            raise ValueError(lengths.shape)
     if confusion := result.get("confusion"):
         counts = np.asarray(confusion["counts"], float)
         if counts.shape != (len(confusion["classes"]),) * 2 or not counts.size or not counts.min() >= 0:

@@ -1,5 +1,6 @@
 """Plots of a report: training, extrapolation, loss by position, answers, classes, position curves, similarity, attention."""
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -49,6 +50,8 @@ TERM_TITLES = {
 }
 MAX_NAMED_LAYERS = 8  # more would hide the curves
 MAX_WRITTEN_CLASSES = 20  # of a confusion matrix, with its numbers in it
+TASK_COLUMNS = 2  # panels of algorithmic tasks next to each other
+LENGTH_BINS = 10  # of each evaluation: few examples have the same length
 MAX_MAPS = 6  # layers and heads of which maps are drawn
 
 
@@ -63,7 +66,7 @@ def plot_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[P
         contexts,
         extrapolation,
         extrapolation_answers,
-        extrapolation_outputs,
+        outputs_by_length,
         extrapolation_sizes,
         functools.partial(quality_and_cost, benchmarks=benchmarks),
         attention_spread,
@@ -173,11 +176,52 @@ def extrapolation_answers(study: Study, metric: str = "contains") -> Plot | None
     return _plot_by_extent(study, runs, _values_of(runs, metric), "extrapolation_answers", title, x, y)
 
 
-def extrapolation_outputs(study: Study) -> Plot | None:
-    """Draws the percentage of right outputs by the largest input length; None without evaluations of algorithmic tasks."""
-    runs = [run for run in study.counted if run.data_kind == "sequences"]
-    title, x, y = "Outputs past the training length", "largest length of the input (symbols)", "right outputs (percent)"
-    return _plot_by_extent(study, runs, _values_of(runs, "accuracy"), "extrapolation_outputs", title, x, y)
+def outputs_by_length(study: Study) -> Plot | None:
+    """Draws the percentage of right outputs by input length, a panel for each algorithmic task; None without any."""
+    runs = [
+        run for run in study.counted if run.data_kind == "sequences" and any("by_length" in one for one in run.results)
+    ]
+    tasks = {run.config["data"]["task"]: [] for run in runs}
+    for run in runs:
+        tasks[run.config["data"]["task"]].append(run)
+    if not tasks:
+        return None
+    columns = min(len(tasks), TASK_COLUMNS)
+    lines = math.ceil(len(tasks) / columns)
+    height = max(FIGURE_SIZE[1] * 0.8, label_inches(max(len({run.row for run in own}) for own in tasks.values())))
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(FIGURE_SIZE[0] * columns, height * lines), dpi=DPI, layout="constrained", squeeze=False
+    )
+    for axes in panels.flat[len(tasks) :]:
+        axes.remove()
+    last = []
+    for axes, (task, own) in zip(panels.flat, tasks.items(), strict=False):
+        style_axes(axes, "length of the input (symbols)", "right outputs (percent)")
+        axes.set_title(task, fontsize=11, pad=18)
+        curves: dict[str, list[Curve]] = {}
+        for run in own:
+            curves.setdefault(run.row.removeprefix(f"{task}-"), []).append(_accuracy_curve(run))
+        rows = dataclasses.replace(
+            study, runs=[dataclasses.replace(run, row=run.row.removeprefix(f"{task}-")) for run in own], not_begun=[]
+        )
+        ends = _draw_curves(axes, rows, curves)
+        axes.set_ylim(0, 102)
+        label_ends(axes, ends)
+        mark_training(axes, {run.training_size["extent"] for run in own})
+        last.append(f"{task}: " + ", ".join(f"{row} {number(value)} at {length:g}" for length, value, row, _ in ends))
+    alt = f"Line charts of right outputs by input length; the training length is marked. {'; '.join(last)}."
+    return Plot("outputs_by_length", "Right outputs by input length", alt, figure)
+
+
+def _accuracy_curve(run: Run) -> Curve:
+    """Returns input lengths and percentages of right outputs, means over tenths of the lengths of each result."""
+    points = []
+    for found in (result["by_length"] for result in run.results if "by_length" in result):
+        lengths, percentages = np.asarray(found["length"], float), np.asarray(found["accuracy"], float)
+        for part in np.array_split(np.arange(len(lengths)), min(len(lengths), LENGTH_BINS)):
+            points.append((lengths[part].mean(), percentages[part].mean()))
+    lengths, percentages = np.array(sorted(points)).T
+    return lengths, percentages
 
 
 def extrapolation_sizes(study: Study) -> Plot | None:

@@ -322,6 +322,7 @@ def test_what_is_no_run_is_refused(tmp_path):
             "result 1",
         ),
         ("evaluation.json", '{"results": [{"length": 8, "depth": [1]}]}', "result 1"),
+        ("evaluation.json", '{"results": [{"length": 8, "by_length": {"length": [8], "accuracy": []}}]}', "result 1"),
         ("evaluation.json", '{"results": [{"context": 8, "loss": 1}]}', "result 1"),
         ("evaluation.json", '{"results": [], "step": "2"}', "no int 'step'"),
         ("evaluation.json", '{"results": [], "attention": {"distance": [[1]]}}', "no distance and entropy by layer"),
@@ -366,6 +367,29 @@ def test_curves_by_distance_are_drawn_for_windows_and_grids(tmp_path):
     np.savez(study / "text" / "position_curves.npz", distances=np.arange(3), logit=np.ones((2, 3, 4)))
     with pytest.raises(InputError, match="position_curves.npz.*evaluate the run again"):
         read_study(study)
+
+
+def test_outputs_of_each_task_are_drawn_by_input_length(tmp_path):
+    """In a panel for each task, with the means of a tenth of each evaluation's lengths, of several seeds their mean."""
+    for task, kind, seed in (("parity_check", "seqpe", 0), ("parity_check", "seqpe", 1), ("bucket_sort", "alibi", 0)):
+        folder = tmp_path / f"{task}-{kind}-{seed}"
+        make_run(folder, kind, seed, bits=(), data={"name": "algorithmic", "task": task, "length": 10})
+        results = []
+        for first, last in ((1, 10), (11, 50)):
+            lengths = list(range(first, last + 1))
+            by_length = {"length": lengths, "accuracy": [100.0 - seed - length for length in lengths]}
+            results.append({"length": last, "examples": 50, "loss": 1.0, "accuracy": 60.0, "by_length": by_length})
+        (folder / "evaluation.json").write_text(json.dumps({"results": results}))
+    plot = plots.outputs_by_length(read_study(tmp_path))
+    parity, sort = plot.figure.axes
+    assert [axes.get_title() for axes in (parity, sort)] == ["parity_check", "bucket_sort"]
+    (line,) = (line for line in sort.lines if len(line.get_xdata()) > 2)
+    np.testing.assert_allclose(line.get_xdata(), [*range(1, 11), *np.arange(12.5, 50, 4)])
+    np.testing.assert_allclose(line.get_ydata(), 100 - line.get_xdata())
+    mean = [line for line in parity.lines if len(line.get_xdata()) > 2][-1]
+    np.testing.assert_allclose(mean.get_ydata(), 99.5 - mean.get_xdata())
+    assert "bucket_sort: alibi 51.500 at 48.5." in plot.alt
+    plots.close(plot)
 
 
 def test_a_diverged_seed_does_not_prevent_the_report(tmp_path):
