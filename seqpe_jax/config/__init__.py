@@ -68,6 +68,7 @@ from seqpe_jax.config.schema import (
 )
 from seqpe_jax.config.validate import (
     MAX_POSITION_UNITS,
+    check_length,
     check_overrides_used,
     check_positions,
     check_random_positions,
@@ -115,6 +116,7 @@ __all__ = [
     "T5Config",
     "apply_renames",
     "check_overrides_used",
+    "check_length",
     "check_positions",
     "check_random_positions",
     "check_size",

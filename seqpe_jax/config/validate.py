@@ -67,7 +67,14 @@ def profile_window(config: Config) -> tuple[int, int] | None:
 # --- Positions
 
 
-def check_positions(config: Config, length: int, source: str, *, training: bool = False) -> None:
+def check_length(config: Config, length: int, source: str, *, training: bool = False) -> None:
+    """Refuses a length of text, or of an algorithmic task's input, as `check_positions` does its window. Raises: InputError."""
+    check_positions(config, config.window_of(length), source, training=training, input_length=length)
+
+
+def check_positions(
+    config: Config, length: int, source: str, *, training: bool = False, input_length: int | None = None
+) -> None:
     """Refuses a window that needs positions beyond those of the digits, or finer ones than they distinguish.
 
     Args:
@@ -75,6 +82,7 @@ def check_positions(config: Config, length: int, source: str, *, training: bool 
       length: tokens of the window.
       source: field or option that sets the length, for the message.
       training: the window is trained on, and must end below encoding.max_position.
+      input_length: what the source says, if the window may hold an input with its output.
 
     Raises:
       InputError: says the largest position possible and the field to change.
@@ -87,8 +95,10 @@ def check_positions(config: Config, length: int, source: str, *, training: bool 
         return
     count, limit, field = _num_positions(encoding, training)
     if length > count:
+        with_output = input_length is not None and input_length != length
+        stated = f"{input_length}, with its output a window of {length}," if with_output else length
         raise InputError(
-            f"{source} {length} needs position {length - 1}, but the largest position possible is {count - 1} ({limit}): "
+            f"{source} {stated} needs position {length - 1}, but the largest position possible is {count - 1} ({limit}): "
             f"raise {field} or lower {source}"
         )
 
@@ -275,11 +285,11 @@ def _check_text(config: Config) -> None:
             f"model.kind='vit' reads images, but data.name='{data.name}' is text: choose one of {', '.join(TEXT_KINDS)}"
         )
     config.encoding.check(axes=1)
-    check_positions(config, config.grid[0], "data.length" + _OF_WINDOW * config.is_sequences, training=True)
+    check_length(config, data.length, "data.length", training=True)
     for length in config.eval.lengths:
         if length < 1:
             raise InputError(f"eval.lengths must be positive, got {length}")
-        check_positions(config, config.window_of(length), "eval.lengths" + _OF_WINDOW * config.is_sequences)
+        check_length(config, length, "eval.lengths")
     _check_contexts(config)
     _check_sequences(config)
     if not config.is_qa and (data.prompt_weight or data.question_weight):
@@ -287,9 +297,6 @@ def _check_text(config: Config) -> None:
             f"data.prompt_weight and data.question_weight are for questions, and data.name='{data.name}' is text: "
             "set them to 0"
         )
-
-
-_OF_WINDOW = " with its output, in all"
 
 
 def _check_sequences(config: Config) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqpe_jax.config import Config, check_positions, check_random_positions
+from seqpe_jax.config import Config, check_length, check_random_positions
 from seqpe_jax.data import loader
 from seqpe_jax.data.datasets.algorithmic import Algorithmic, HeldOutExamples, TrainingExamples, describe
 from seqpe_jax.losses.task import OutputLoss
@@ -74,7 +74,7 @@ class AlgorithmicSequences(LanguageModeling):
 
     def check_eval_size(self, eval_size: tuple[int], split: str) -> None:
         """Raises InputError if there are too few positions."""
-        check_positions(self.config, *self.grid_of(eval_size), "evaluation length with its output")
+        check_length(self.config, *eval_size, "evaluation length")
         if self.config.eval.positions == "random":
             check_random_positions(self.config, *self.grid_of(eval_size))
 

@@ -294,7 +294,7 @@ def check_request(settings: Config, folder: str, request: EvalRequest) -> None:
 def _checked_sizes(settings: Config, request: EvalRequest) -> tuple[Shape, ...]:
     """Returns the sizes, with their frames. Raises: InputError: there are no positions for a length or size."""
     for length, *_ in request.lengths:
-        config.check_positions(settings, settings.window_of(length), "evaluation length")
+        config.check_length(settings, length, "evaluation length")
     for size in request.sizes:
         config.check_size(settings, size, "evaluation size")
     return tuple(settings.full_size(size) for size in request.sizes)

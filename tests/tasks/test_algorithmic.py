@@ -121,6 +121,7 @@ def test_what_does_not_fit_is_refused():
         ("alibi", {"data__form": "encoder"}, "the encoding 'alibi' needs causal order: choose one of seqpe, "),
         ("fox", {"data__form": "encoder"}, "the encoding 'fox' needs causal order"),
         ("rotary", {"data__form": "encoder", "model__window": 4}, "model.window=4 is of causal attention"),
+        ("seqpe", {"encoding__max_position": 12}, "data.length 6, with its output a window of 13, needs position 12"),
         ("none", {"eval__positions": "random"}, "encoding.kind='none' has none"),
         ("rotary", {"data__task": "parity"}, "data.task.*Did you mean 'parity_check'"),
         ("rotary", {"data__tokenizer": "x.json"}, "data.tokenizer=.* is not read by runs on sequences"),
