@@ -7,7 +7,8 @@ Each stands between its mark and `<!-- end of KIND -->`. STUDY is the name of a 
   (`seqpe_jax.reporting`), then parameters and FLOPs.
 - `<!-- contexts: STUDY [rows] -->`: the same tokens under several contexts.
 - `<!-- parts: STUDY -->`: the parts, learning rates and constants that trials chose.
-- `<!-- trials: STUDY ROW METRIC ... -->`: the trials of one row, what each changes in the first, and its metrics on the validation split.
+- `<!-- trials: STUDY ROW METRIC ... -->`: the trials of one row, what each changes in the first, and its metrics on the validation split;
+  ROW is "all" in a study of trials alone.
 - `<!-- significance: STUDIES METRIC [labels]; ... -->`: for each length or size, or for those named, the row with the best mean,
   those that are significantly worse, those that tie with it, in the order of their means, and those that are not tested.
 - `<!-- tasks: STUDY FIRST-LAST -->`: of a study of algorithmic tasks, a line for each encoding, a column for each task: right
@@ -120,13 +121,16 @@ def trials_table(name: str, row: str, *metrics: str) -> str:
 
     Args:
       name: study.
-      row: row of the study that chooses by trials.
+      row: row of the study that chooses by trials; "all", the rows of a study of trials alone.
       metrics: those shown, as in `metrics.jsonl` without their `eval/`; the lowest value of each is bold.
     """
     study = study_of(name)
-    best = study.sweep_trials[study.runs_of(row)[0].name]["best"]
-    runs = {run.name: run for run in study.tuning_runs}
-    trials = [runs[trial] for trial in next(iter(best.values()))["runs"]]
+    if row == "all":
+        trials, best = study.runs, {}
+    else:
+        best = study.sweep_trials[study.runs_of(row)[0].name]["best"]
+        runs = {run.name: run for run in study.tuning_runs}
+        trials = [runs[trial] for trial in next(iter(best.values()))["runs"]]
     measured = {metric: [last_measured(run, f"eval/{metric}") for run in trials] for metric in metrics}
     lowest = {
         metric: min((value for value in values if value is not None), default=None)
@@ -139,7 +143,7 @@ def trials_table(name: str, row: str, *metrics: str) -> str:
             for field in best
             if (value := get_field(run.config, field)) != get_field(trials[0].config, field)
         ]
-        cells = [tables.Cell(", ".join(changed) or "the first")]
+        cells = [tables.Cell(run.name if row == "all" else ", ".join(changed) or "the first")]
         for metric, values in measured.items():
             value = values[index]
             text = tables.MISSING if value is None else f"{value:.4f}"

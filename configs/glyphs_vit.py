@@ -48,7 +48,8 @@ def get_config(variant=None):
     c.encoding.max_position = 100 if paper else 40
     c.encoding.mode = "attn_scalar"
     c.encoding.qk = "multi"
-    c.encoding.width = 96
+    # Half of the model's width is as good and costs less (sweeps/glyphs_encoder_width.py, docs/recipes.md).
+    c.encoding.width = 96 if paper else 48
     c.encoding.heads = 4
     c.encoding.dropout = 0.0
     if variant in (None, "seqpe", "seqpe_paper"):
