@@ -178,12 +178,10 @@ def extrapolation_answers(study: Study, metric: str = "contains") -> Plot | None
 
 def outputs_by_length(study: Study) -> Plot | None:
     """Draws the percentage of right outputs by input length, a panel for each algorithmic task; None without any."""
-    runs = [
-        run for run in study.counted if run.data_kind == "sequences" and any("by_length" in one for one in run.results)
-    ]
-    tasks = {run.config["data"]["task"]: [] for run in runs}
-    for run in runs:
-        tasks[run.config["data"]["task"]].append(run)
+    tasks: dict[str, list[Run]] = {}
+    for run in study.counted:
+        if run.data_kind == "sequences" and any("by_length" in result for result in run.results):
+            tasks.setdefault(run.config["data"].get("task", ""), []).append(run)
     if not tasks:
         return None
     columns = min(len(tasks), TASK_COLUMNS)
