@@ -231,7 +231,8 @@ def _percent_cell(value: float | None, best: float) -> tables.Cell:
     """A percentage, and whether it is the best of its column."""
     if value is None:
         return tables.Cell(tables.MISSING)
-    return tables.Cell(f"{value:.1f}", value, best=f"{value:.1f}" == f"{best:.1f}")
+    text = f"{value:.1f}"
+    return tables.Cell(text, value, best=text == f"{best:.1f}" != "0.0")
 
 
 def seeds_table(name: str, split: str) -> str:
