@@ -52,7 +52,8 @@ def test_every_product_of_a_step_has_its_precision(kind, encoder):
     inside = {"encoder": [], "features": [], "network": []}
     for precision, names in found:
         in_encoder = "encoder/" in names or "qk_map" in names
-        of_features = any(part in names for part in ("hf", "phl", "vmap"))  # the last: `jax.image` in zoom
+        # Besides products of positions: sums over samples (`sum_over_sets`), and `jax.image` in zoom.
+        of_features = any(part in names for part in ("hf", "phl", "n,n...", "vmap"))
         inside["encoder" if in_encoder else "features" if of_features else "network"].append(precision)
     assert {HIGHEST, encoder} >= set(inside["encoder"]) >= {encoder} and len(inside["encoder"]) > 10
     assert set(inside["features"]) == {HIGHEST} and set(inside["network"]) == {HIGH}, found
