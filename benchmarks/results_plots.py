@@ -52,6 +52,7 @@ STUDIES = {
     "study_longer_training": steps_plot,
     "study_questions": functools.partial(plots.extrapolation_answers, metric="exact_match_strict"),
     "study_images_fair": plots.extrapolation_sizes,
+    "study_glyphs": plots.extrapolation_sizes,
     "study_algorithmic": plots.outputs_by_length,
 }
 # Rows of a study that has more of them than curves are distinguishable.

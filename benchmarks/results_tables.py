@@ -69,6 +69,7 @@ TASKS = {
     "extend_context": "text",
     "study_questions": "questions",
     "study_images_fair": "images",
+    "study_glyphs": "glyphs",
     "moving_digits": "video",
 }
 MAX_TIES = 4  # rows that tie of which a table of several studies gives the names; then it gives their number
