@@ -7,9 +7,8 @@
 Trained at 32 x 32 pixels for the 1,500 steps of configs/glyphs_vit.py, evaluated at 32 to 128 on the 1,512 drawings of the test
 split, whose font families are in no other split. Every encoding that has positions between whole numbers trains half of its
 steps on enlarged crops (zoom); `learned` is interpolated, and trained on crops of the same sizes; `fire_signed` is FIRE with the
-signed displacement along each axis. Settings are those of the page, with one learning rate for all.
-Hardware: two CPU cores, one for each of two runs at once. All 24 runs took 2.6 hours on
-an AMD EPYC.
+signed displacement along each axis. Settings are those of the config, with one learning rate for all.
+Hardware: two CPU cores, one for each of two runs at once. All 24 runs took 2.6 hours on an AMD EPYC.
 """
 
 from seqpe_jax.sweeps import product
